@@ -1,0 +1,49 @@
+// What a binary cross entropy op is asked to do, free of torch types: the CPU bodies and the CUDA
+// kernels both take this.
+#pragma once
+
+#include "elementwise.h"
+
+namespace fused_ce {
+
+enum class BceForm : int32_t { kLogits, kProbability, kFocal };
+enum class Reduction : int32_t { kNone, kMean, kSum };  // torch's numbers
+
+struct BceArguments {
+  IndexSpace space;
+  Operand input;       // [*space] logits, or probabilities
+  Operand target;      // [*space]
+  Operand weight;      // [*space] or absent
+  Operand pos_weight;  // [*space] or absent
+  Operand upstream;    // [*space] gradient from above, or absent (1)
+  Operand loss;        // [*space] without reduction, else one element; absent in backward
+  Operand gradient;    // [*space], or absent; may be `input`
+  Operand normalizer;  // one element, or absent
+
+  BceForm form;
+  Reduction reduction;
+  double target_scale;  // target becomes target * target_scale + target_shift
+  double target_shift;
+  bool has_ignore_index;
+  int64_t ignore_index;
+  float alpha;
+  float gamma;
+  float parity;  // sign of u^gamma for u < 0
+  bool has_denominator;
+  double denominator;
+  bool zero_on_empty;
+  bool in_double;       // compute in float64
+  bool half_precision;  // the loss is a half type: kHalf terms are enough
+
+  bool counts_kept() const {
+    return reduction == Reduction::kMean && has_ignore_index && !has_denominator && !normalizer;
+  }
+};
+
+// What multiplies the summed loss and each gradient. A denominator of 0 gives sum / 0, or 0 on
+// demand.
+inline double inverse_of(double denominator, bool zero_on_empty) {
+  return denominator == 0 && zero_on_empty ? 0.0 : 1.0 / denominator;
+}
+
+}  // namespace fused_ce

@@ -1,0 +1,105 @@
+// The binary cross entropy ops around a device's `run(BceArguments&)`: checks, allocation,
+// operands.
+#pragma once
+
+#include <math.h>
+
+#include "bce.h"
+#include "tensor_operands.h"
+
+namespace fused_ce {
+
+inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
+                                  const std::optional<Tensor>& weight,
+                                  const std::optional<Tensor>& pos_weight,
+                                  const std::optional<Tensor>& normalizer, int64_t form,
+                                  int64_t reduction, ScalarType dtype, double label_smoothing,
+                                  std::optional<int64_t> ignore_index, double alpha, double gamma,
+                                  std::optional<double> denominator, bool zero_on_empty) {
+  BceArguments a;
+  a.form = static_cast<BceForm>(form);
+  a.reduction = static_cast<Reduction>(reduction);
+  a.target_scale = 1.0 - label_smoothing;
+  a.target_shift = 0.5 * label_smoothing;
+  a.has_ignore_index = ignore_index.has_value();
+  a.ignore_index = ignore_index.value_or(0);
+  a.alpha = static_cast<float>(alpha);
+  a.gamma = static_cast<float>(gamma);
+  double half = gamma / 2;
+  a.parity = gamma != floor(gamma) ? NAN : half == floor(half) ? 1.0f : -1.0f;
+  a.has_denominator = denominator.has_value();
+  a.denominator = denominator.value_or(0.0);
+  a.zero_on_empty = zero_on_empty;
+  a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
+  a.half_precision = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+
+  auto sizes = input.sizes();
+  a.space.rank = static_cast<int>(sizes.size());
+  a.space.numel = input.numel();
+  for (int i = 0; i < a.space.rank; ++i) a.space.sizes[i] = sizes[i];
+  STD_TORCH_CHECK(target.dim() == a.space.rank && target.numel() == a.space.numel,
+                  "target and input differ in shape");
+  set_operand(a.input, input, a.space, input, "input");
+  set_operand(a.target, target, a.space, input, "target");
+  set_operand(a.weight, weight, a.space, input, "weight");
+  set_operand(a.pos_weight, pos_weight, a.space, input, "pos_weight");
+  if (normalizer.has_value()) {
+    STD_TORCH_CHECK(normalizer->numel() == 1, "normalizer must have one element");
+    set_operand(a.normalizer, *normalizer, IndexSpace{}, input, "normalizer");
+  }
+  return a;
+}
+
+inline void merge_dimensions(BceArguments& a) {
+  Operand* operands[] = {&a.input,    &a.target, &a.weight,  &a.pos_weight,
+                         &a.upstream, &a.loss,   &a.gradient};
+  // A reduced loss is one element, not part of the index space.
+  bool reduced = a.reduction != Reduction::kNone;
+  Operand loss = a.loss;
+  if (reduced) a.loss.data = nullptr;
+  merge_dimensions(a.space, operands, 7);
+  if (reduced) a.loss.data = loss.data;
+}
+
+template <auto kRun>
+Tensor bce_forward(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                   std::optional<Tensor> pos_weight, std::optional<Tensor> normalizer, int64_t form,
+                   int64_t reduction, ScalarType dtype, double label_smoothing,
+                   std::optional<int64_t> ignore_index, double alpha, double gamma,
+                   std::optional<double> denominator, bool zero_on_empty,
+                   std::optional<Tensor> gradient) {
+  BceArguments a =
+      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
+                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+  bool reduced = a.reduction != Reduction::kNone;
+  Tensor loss =
+      reduced ? empty_strided(input, dtype, 0, nullptr, nullptr) : empty_dense_like(input, dtype);
+  if (reduced) {
+    a.loss.data = loss.data_ptr();
+    a.loss.dtype = dtype_of(dtype);
+  } else {
+    set_operand(a.loss, loss, a.space, input, "loss");
+  }
+  set_operand(a.gradient, gradient, a.space, input, "gradient");
+  merge_dimensions(a);
+  kRun(a, input.get_device_index());
+  return loss;
+}
+
+template <auto kRun>
+void bce_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                  std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
+                  std::optional<Tensor> normalizer, int64_t form, int64_t reduction,
+                  ScalarType dtype, double label_smoothing, std::optional<int64_t> ignore_index,
+                  double alpha, double gamma, std::optional<double> denominator, bool zero_on_empty,
+                  Tensor gradient) {
+  BceArguments a =
+      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
+                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+  set_operand(a.upstream, grad_output, a.space, input, "grad_output");
+  set_operand(a.gradient, gradient, a.space, input, "gradient");
+  merge_dimensions(a);
+  kRun(a, input.get_device_index());
+}
+
+}  // namespace fused_ce

@@ -1,0 +1,64 @@
+// Binary cross entropy on the CPU: registers the ops and divides the work among torch's threads.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <memory>
+
+#include "../bce_ops.h"
+#include "body.h"
+#include "memory.h"
+#include "scalar.h"
+
+namespace fused_ce {
+namespace {
+
+// Chunks a thread takes at least, so that small losses stay on one.
+constexpr int64_t kChunksPerThread = 2;
+
+double denominator_of(const BceArguments& a, int64_t chunks) {
+  if (a.normalizer) return load_scalar(a.normalizer);
+  if (a.has_denominator) return a.denominator;
+  if (!a.has_ignore_index) return static_cast<double>(a.space.numel);
+  std::atomic<int64_t> kept{0};
+  torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t first, int64_t last) {
+    int64_t end = last * kChunk < a.space.numel ? last * kChunk : a.space.numel;
+    kept += cpu_bodies().bce_count_kept(a, first * kChunk, end);
+  });
+  return static_cast<double>(kept.load());
+}
+
+void run_cpu(const BceArguments& a, int32_t /*device_index*/) {
+  const CpuBodies& bodies = cpu_bodies();
+  int64_t numel = a.space.numel;
+  int64_t chunks = (numel + kChunk - 1) / kChunk;
+  double denominator = a.reduction == Reduction::kMean ? denominator_of(a, chunks) : 1.0;
+  double inverse = inverse_of(denominator, a.zero_on_empty);
+  if (a.gradient && a.gradient.data != a.input.data) use_huge_pages(a.gradient, a.space);
+
+  double few[64];
+  std::unique_ptr<double[]> many(chunks > 64 ? new double[chunks] : nullptr);
+  double* sums = chunks > 64 ? many.get() : few;  // [chunks]
+  std::atomic<bool> out_of_range{false};
+  torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t first, int64_t last) {
+    bool found = false;
+    for (int64_t i = first; i < last; ++i) {
+      int64_t end = (i + 1) * kChunk < numel ? (i + 1) * kChunk : numel;
+      sums[i] = bodies.bce_chunk(a, i * kChunk, end, inverse, &found);
+    }
+    if (found) out_of_range = true;
+  });
+  STD_TORCH_CHECK(!out_of_range, "all elements of input should be between 0 and 1");
+  if (!a.loss || a.reduction == Reduction::kNone) return;
+  double sum = 0;
+  for (int64_t i = 0; i < chunks; ++i) sum += sums[i];
+  store_scalar(a.loss, denominator == 0 ? sum * inverse : sum / denominator);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
+  m.impl("_bce", TORCH_BOX(&bce_forward<run_cpu>));
+  m.impl("_bce_backward", TORCH_BOX(&bce_backward<run_cpu>));
+}
+
+}  // namespace fused_ce

@@ -1,0 +1,50 @@
+// What CMakeLists.txt compiles once for each instruction set, and how the one for this machine is
+// picked.
+#pragma once
+
+#include "../bce.h"
+
+namespace fused_ce {
+
+// Elements of one chunk: the unit of work, and of the fixed order of summation.
+constexpr int64_t kChunk = 16384;
+
+struct CpuBodies {
+  const char* name;
+  // Loss and gradient of elements begin .. end. Returns the chunk's summed loss; `scale` multiplies
+  // each gradient (and each unreduced loss is stored unscaled). Sets *out_of_range on a probability
+  // outside [0, 1].
+  double (*bce_chunk)(const BceArguments& arguments, int64_t begin, int64_t end, double scale,
+                      bool* out_of_range);
+  // How many targets among begin .. end are not ignore_index.
+  int64_t (*bce_count_kept)(const BceArguments& arguments, int64_t begin, int64_t end);
+  // Multiplies elements begin .. end by `factor`.
+  void (*scale_chunk)(const Operand& values, const IndexSpace& space, int64_t begin, int64_t end,
+                      double factor);
+};
+
+extern const CpuBodies kPortableBodies;
+#if defined(FUSED_CE_X86)
+extern const CpuBodies kAvx2Bodies;
+extern const CpuBodies kAvx512Bodies;
+#endif
+
+// The best bodies for this machine.
+inline const CpuBodies& cpu_bodies() {
+#if defined(FUSED_CE_X86)
+  static const CpuBodies* const best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return &kAvx512Bodies;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2Bodies;
+    return &kPortableBodies;
+  }();
+  return *best;
+#else
+  return kPortableBodies;
+#endif
+}
+
+}  // namespace fused_ce

@@ -1,0 +1,238 @@
+// Vectors of floats and the memory formats they are loaded from and stored to. Written with the
+// compiler's vector extension: the same source gives AVX-512, AVX2, NEON or SSE2 code, by the flags
+// that CMakeLists.txt compiles it with.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "../elementwise.h"
+#include "../math.h"
+
+namespace fused_ce {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+namespace math {
+template <>
+struct BitsOf<Floats> {
+  using type = Ints;
+};
+}  // namespace math
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// One element or kLanes of them: W is uint32_t or Words, V the float type of the same lanes.
+template <class V, class W>
+FUSED_CE_HOST_DEVICE V widen(BFloat16, W bits) {
+  return math::bit_cast<V>(bits << 16);
+}
+// The exponent is rebiased by a multiplication, which is exact for subnormal numbers too.
+template <class V, class W>
+FUSED_CE_HOST_DEVICE V widen(Float16, W bits) {
+  V magnitude =
+      math::bit_cast<V>((bits & 0x7fffu) << 13) * 5.192296858534827628530496e33f;  // 2^112
+  W word = math::bit_cast<W>(magnitude);
+  word = (bits & 0x7c00u) == 0x7c00u ? word | 0x7f800000u : word;
+  return math::bit_cast<V>(word | ((bits & 0x8000u) << 16));
+}
+// Round to nearest, ties to even; a NaN stays one.
+template <class W, class V>
+FUSED_CE_HOST_DEVICE W narrow(BFloat16, V x) {
+  W word = math::bit_cast<W>(x);
+  W rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  return (word & 0x7fffffffu) > 0x7f800000u ? (word >> 16) | 0x40u : rounded;
+}
+template <class W, class V>
+FUSED_CE_HOST_DEVICE W narrow(Float16, V x) {
+  W word = math::bit_cast<W>(x);
+  W sign = (word >> 16) & 0x8000u;
+  W magnitude = word & 0x7fffffffu;
+  W normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  normal = normal > 0x7c00u ? (normal & 0u) + 0x7c00u : normal;
+  // Below 2^-14, adding 1/2 puts the last bit of the subnormal result at the last bit of the sum.
+  W subnormal = math::bit_cast<W>(math::bit_cast<V>(magnitude) + 0.5f) - 0x3f000000u;
+  W result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude > 0x7f800000u ? (result & 0u) + 0x7e00u : result;
+  return result | sign;
+}
+
+FUSED_CE_HOST_DEVICE Floats load(const float* p /* [kLanes] */) {
+  Floats v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+FUSED_CE_HOST_DEVICE void store(float* p /* [kLanes] */, Floats v) { memcpy(p, &v, sizeof(v)); }
+// float64 is computed one element at a time.
+FUSED_CE_HOST_DEVICE double load(const double* p /* [1] */) { return *p; }
+FUSED_CE_HOST_DEVICE void store(double* p /* [1] */, double v) { *p = v; }
+template <class T>
+FUSED_CE_HOST_DEVICE Floats load(const T* p /* [kLanes] */) {
+  Halves bits;
+  memcpy(&bits, p, sizeof(bits));
+  return widen<Floats>(T{}, __builtin_convertvector(bits, Words));
+}
+template <class T>
+FUSED_CE_HOST_DEVICE void store(T* p /* [kLanes] */, Floats v) {
+  Halves bits = __builtin_convertvector(narrow<Words>(T{}, v), Halves);
+  memcpy(p, &bits, sizeof(bits));
+}
+
+template <class Real, class T>
+FUSED_CE_HOST_DEVICE Real to_real(T x) {
+  if constexpr (sizeof(T) == 2 && __is_class(T)) {
+    return static_cast<Real>(widen<float>(x, static_cast<uint32_t>(x.bits)));
+  } else {
+    return static_cast<Real>(x);
+  }
+}
+template <class T, class Real>
+FUSED_CE_HOST_DEVICE T from_real(Real x) {
+  if constexpr (sizeof(T) == 2 && __is_class(T)) {
+    return T{static_cast<uint16_t>(narrow<uint32_t>(T{}, static_cast<float>(x)))};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// Local to each file that includes this, so that code for one instruction set never serves another.
+namespace {
+
+// Calls f with a value of the C++ type that `dtype` stands for.
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return f(double{});
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kFloat16:
+      return f(Float16{});
+    case Dtype::kBFloat16:
+      return f(BFloat16{});
+    case Dtype::kBool:
+    case Dtype::kUInt8:
+      return f(uint8_t{});
+    case Dtype::kInt8:
+      return f(int8_t{});
+    case Dtype::kInt16:
+      return f(int16_t{});
+    case Dtype::kInt32:
+      return f(int32_t{});
+    case Dtype::kInt64:
+      return f(int64_t{});
+  }
+}
+// The same for what a loss or gradient can be stored as.
+template <class F>
+void with_float_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return f(double{});
+    case Dtype::kFloat16:
+      return f(Float16{});
+    case Dtype::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+template <class Real>
+constexpr Dtype kDtypeOf = sizeof(Real) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+
+// Calls f(pointer to the first element, stride, length, position in the block) for each run of
+// elements begin .. begin + count of the operand that lies along dimension 0.
+template <class T, class F>
+void for_each_run(const Operand& operand, const IndexSpace& space, int64_t begin, int count, F f) {
+  T* data = static_cast<T*>(operand.data);
+  if (space.rank == 1) return f(data + begin * operand.strides[0], operand.strides[0], count, 0);
+  int64_t index[kMaxRank];
+  int64_t rest = begin;
+  for (int d = 0; d < space.rank; ++d) {
+    index[d] = rest % space.sizes[d];
+    rest /= space.sizes[d];
+  }
+  for (int done = 0; done < count;) {
+    int64_t offset = 0;
+    for (int d = 0; d < space.rank; ++d) offset += index[d] * operand.strides[d];
+    int64_t left = space.sizes[0] - index[0];
+    int length = left < count - done ? static_cast<int>(left) : count - done;
+    f(data + offset, operand.strides[0], length, done);
+    done += length;
+    index[0] = 0;
+    for (int d = 1; d < space.rank && ++index[d] == space.sizes[d]; ++d) index[d] = 0;
+  }
+}
+
+// Elements begin .. begin + count as Real.
+template <class Real>
+__attribute__((noinline)) void gather(const Operand& operand, const IndexSpace& space,
+                                      int64_t begin, int count, Real* out /* [count] */) {
+  with_type(operand.dtype, [&](auto type) {
+    using T = decltype(type);
+    for_each_run<const T>(operand, space, begin, count,
+                          [&](const T* p, int64_t stride, int length, int place) {
+                            Real* to = out + place;
+                            int i = 0;
+                            if (stride == 1) {
+                              if constexpr (sizeof(Real) == 4 && sizeof(T) == 2 && __is_class(T)) {
+                                for (; i + kLanes <= length; i += kLanes)
+                                  store(to + i, load(p + i));
+                              }
+                              for (; i < length; ++i) to[i] = to_real<Real>(p[i]);
+                            } else if (stride == 0) {
+                              Real value = to_real<Real>(*p);
+                              for (; i < length; ++i) to[i] = value;
+                            } else {
+                              for (; i < length; ++i) to[i] = to_real<Real>(p[i * stride]);
+                            }
+                          });
+  });
+}
+
+// The reverse: writes elements begin .. begin + count.
+template <class Real>
+__attribute__((noinline)) void scatter(const Real* from /* [count] */, const Operand& operand,
+                                       const IndexSpace& space, int64_t begin, int count) {
+  with_float_type(operand.dtype, [&](auto type) {
+    using T = decltype(type);
+    for_each_run<T>(operand, space, begin, count, [&](T* p, int64_t stride, int length, int place) {
+      const Real* values = from + place;
+      int i = 0;
+      if (stride == 1) {
+        if constexpr (sizeof(Real) == 4 && sizeof(T) == 2 && __is_class(T)) {
+          for (; i + kLanes <= length; i += kLanes) store(p + i, load(values + i));
+        }
+        for (; i < length; ++i) p[i] = from_real<T>(values[i]);
+      } else {
+        for (; i < length; ++i) p[i * stride] = from_real<T>(values[i]);
+      }
+    });
+  });
+}
+
+// Whether elements begin .. begin + count can be used where they lie.
+template <class Real>
+bool lies_flat(const Operand& operand, const IndexSpace& space) {
+  return operand.dtype == kDtypeOf<Real> && space.rank == 1 && operand.strides[0] == 1;
+}
+
+}  // namespace
+}  // namespace fused_ce

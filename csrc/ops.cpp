@@ -1,0 +1,45 @@
+// The table of contents of the native side: every op's schema, and the module that Python imports.
+// All ops are private; fused_ce/<stem>.py wraps them.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/body.h"
+
+STABLE_TORCH_LIBRARY(fused_ce, m) {
+  // csrc/{cpu,cuda}/bce.cpp
+  m.def(
+      "_bce(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, "
+      "int form, int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, "
+      "float alpha, float gamma, float? denominator, bool zero_on_empty, Tensor(a!)? gradient) "
+      "-> Tensor");
+  m.def(
+      "_bce_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor? pos_weight, Tensor? normalizer, int form, int reduction, ScalarType dtype, "
+      "float label_smoothing, int? ignore_index, float alpha, float gamma, float? denominator, "
+      "bool zero_on_empty, Tensor(a!) gradient) -> ()");
+  // csrc/{cpu,cuda}/scale.cpp
+  m.def("_scale_(Tensor(a!) gradient, Tensor scale) -> ()");
+}
+
+namespace {
+
+// What `python -m fused_ce info` shows of this build, one "name=value" a line.
+PyObject* build_info(PyObject*, PyObject*) {
+  std::string text = std::string("architectures=") + FUSED_CE_CUDA_ARCHITECTURES +
+                     "\ntoolkit=" + FUSED_CE_CUDA_TOOLKIT +
+                     "\ncapability=" + fused_ce::cpu_bodies().name;
+  return PyUnicode_FromString(text.c_str());
+}
+
+PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  return PyModule_Create(&module_definition);
+}

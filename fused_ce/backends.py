@@ -1,0 +1,188 @@
+"""Loads the native library, and decides which implementation serves each op on each device.
+
+There is one dispatch path: an op of csrc/ops.cpp has one implementation on each device's dispatch key.
+The CPU's, and CUDA's where it was compiled, come from the native library. On CUDA without native
+kernels, Triton's are registered on the same key, and plain PyTorch where there is no Triton either.
+Forcing a backend registers another implementation on the same keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ce import _C, reference  # loading _C registers the ops
+
+OPS = ("_bce", "_bce_backward", "_scale_")
+DEVICES = ("CPU", "CUDA")
+BACKENDS = ("native", "triton", "reference")
+
+_NATIVE = {
+    (op, device): torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ce::{op}", device)
+    for op in OPS
+    for device in DEVICES
+}
+
+
+def _reference_bce(input: Tensor, *rest: Any) -> Tensor:
+    *options, gradient = rest
+    if gradient is None:
+        return reference.bce(input, *options)
+    with torch.enable_grad():
+        leaf = input.detach().requires_grad_()
+        loss = reference.bce(leaf, *options)
+        (computed,) = torch.autograd.grad(loss, leaf)
+    gradient.copy_(computed)
+    return loss.detach()
+
+
+def _reference_bce_backward(grad_output: Tensor, input: Tensor, *rest: Any) -> None:
+    *options, gradient = rest
+    with torch.enable_grad():
+        leaf = input.detach().requires_grad_()
+        loss = reference.bce(leaf, *options)
+        (computed,) = torch.autograd.grad(loss, leaf, grad_output.expand_as(loss).to(loss.dtype))
+    gradient.copy_(computed)
+
+
+def _reference_scale_(gradient: Tensor, scale: Tensor) -> None:
+    gradient.mul_(scale)
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "_bce": _reference_bce,
+    "_bce_backward": _reference_bce_backward,
+    "_scale_": _reference_scale_,
+}
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_ops() -> dict[str, Callable[..., Any]]:
+    from fused_ce.triton import bce as triton_bce
+
+    return triton_bce.OPS
+
+
+def _is_available(name: str, op: str, device: str) -> bool:
+    if name == "native":
+        return _NATIVE[op, device]
+    if name == "triton":
+        return _has_triton() and (device == "CUDA" or _triton_interprets())
+    return True
+
+
+def _best(op: str, device: str) -> str:
+    """Without a choice of the user's: native kernels, then Triton on GPUs, then plain PyTorch."""
+    order = ("native", "triton", "reference") if device == "CUDA" else ("native", "reference")
+    return next(name for name in order if _is_available(name, op, device))
+
+
+def _devices_in_use() -> tuple[str, ...]:
+    return DEVICES if torch.backends.cuda.is_built() else ("CPU",)
+
+
+_serving = {(op, device): "native" for op in OPS for device in DEVICES}
+_forced: str | None = None
+_library: torch.library.Library | None = None
+
+
+def _register() -> None:
+    global _library
+    if _library is not None:
+        _library._destroy()
+        _library = None
+    for op, device in _NATIVE:
+        name = _best(op, device)
+        if _forced is not None and _is_available(_forced, op, device):
+            name = _forced
+        _serving[op, device] = name
+        if name == "native":
+            continue
+        if _library is None:
+            _library = torch.library.Library("fused_ce", "IMPL")  # noqa: TOR901
+        implementation = (_triton_ops() if name == "triton" else _REFERENCE)[op]
+        _library.impl(op, implementation, device)
+
+
+def set_backend(name: str | None) -> None:
+    """Forces the implementation of every op: "native" (C++ and CUDA), "triton" or "reference" (plain
+    PyTorch); None lets each device have its best. The environment variable FUSED_CE_BACKEND does the
+    same at import.
+
+    Raises ValueError for an unknown name, and RuntimeError where no device of this installation has
+    that backend.
+    """
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}, or None")
+    if name is not None:
+        missing = [
+            device
+            for device in _devices_in_use()
+            if not all(_is_available(name, op, device) for op in OPS)
+        ]
+        if name == "triton" and "CUDA" not in missing and "CUDA" in _devices_in_use():
+            missing = []  # Triton serves GPUs; the CPU keeps its native kernels
+        if missing:
+            raise RuntimeError(f"backend {name!r} is not available on {', '.join(missing)} here")
+    _forced = name
+    _register()
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """`set_backend` for the length of a `with` block."""
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def check() -> None:
+    """Raises IndexError or RuntimeError for bad input that a CUDA kernel has found since the last call.
+
+    Waits for the current device's work to end first. Without this call, the next call into the package
+    after the kernel has run raises it.
+    """
+    if "CUDA" in _devices_in_use() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def table() -> list[tuple[str, str, str]]:
+    """(op, device, backend) for every op and device of this installation."""
+    return [(op, device.lower(), _serving[op, device]) for device in _devices_in_use() for op in OPS]
+
+
+def build_info() -> dict[str, str]:
+    """Versions, architectures and capabilities, in the order in which they are shown."""
+    import fused_ce
+
+    build = dict(line.split("=", 1) for line in _C.build_info().splitlines())
+    return {
+        "version": fused_ce.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "torch CUDA": torch.version.cuda or "none",
+        "CUDA architectures": build["architectures"],
+        "CUDA toolkit": build["toolkit"],
+        "CPU capability": build["capability"],
+    }
+
+
+set_backend(os.environ.get("FUSED_CE_BACKEND"))

@@ -1,0 +1,658 @@
+"""Binary cross entropy: checks, autograd, and the ops of csrc/{cpu,cuda}/bce.cpp.
+
+A call goes through three steps: the public function reads its arguments into the op's own
+(`_prepare`), `_apply` decides between the op, the op under autograd (`_BCE`), and the composition of
+reference.py that transforms need, and the op runs on the tensors' device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import _reduction as torch_reduction
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fused_ce import reference
+from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_INPUT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_TARGET_DTYPES = _INPUT_DTYPES | {
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
+
+_bce_op = torch.ops.fused_ce._bce.default
+_bce_backward_op = torch.ops.fused_ce._bce_backward.default
+_scale_op = torch.ops.fused_ce._scale_.default
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Binary cross entropy between logits and targets, as `torch's function of this name
+    <https://pytorch.org/docs/stable/generated/torch.nn.functional.binary_cross_entropy_with_logits.html>`_.
+
+    .. math::
+        \ell = w \left[ p\, t \log(1 + e^{-x}) + (1 - t) \log(1 + e^{x}) \right]
+
+    Args:
+        input: logits :math:`x` of any shape and strides; float64, float32, float16 or bfloat16.
+        target: :math:`t`, of the input's shape: a float of any value (soft labels), bool or integer.
+        weight: :math:`w`, broadcast to the input (trailing-aligned, never enlarging it); any dtype.
+        size_average, reduce: torch's deprecated switches; they override `reduction`.
+        reduction: "none", "mean" (over the number of elements, whatever the weights) or "sum".
+        pos_weight: :math:`p`, broadcast as `weight` is.
+        ignore_index: elements whose target equals it cost nothing, get a gradient of zero and are
+            not counted by "mean".
+        label_smoothing: e in [0, 1]; the target becomes t (1 - e) + e / 2.
+        sample_weight: one more weight, for each row (shape of the input's leading dimensions) or each
+            element; differentiable.
+        normalizer: a number or a one-element tensor that replaces the denominator of "mean".
+        on_empty: "nan" or "zero", what a mean over nothing is.
+        inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
+            later use of the logits in autograd raises. Writes only when the logits need a gradient.
+            Under torch.compile, which plans memory itself, it changes nothing.
+
+    Returns:
+        The loss: of the input's shape for "none", else 0-D. Its dtype is the target's if that is a
+        float, else the input's; float32 under autocast. Arithmetic is float32, or float64 if the input
+        or the loss is float64. Gradients reach input, target, weight, pos_weight and sample_weight.
+
+    Raises:
+        ValueError: target and input differ in shape; unknown reduction or on_empty.
+        TypeError: a weight that is no tensor.
+        RuntimeError: a weight that cannot be broadcast; tensors on different devices; label_smoothing
+            outside [0, 1]; `inplace_backward` on a leaf or on overlapping memory.
+        NotImplementedError: logits or targets of another dtype or layout.
+    """
+    tensors = (input, target, weight, pos_weight, sample_weight, normalizer)
+    if has_torch_function(tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            binary_cross_entropy_with_logits,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            on_empty=on_empty,
+            inplace_backward=inplace_backward,
+        )
+    code = _reduction_code(reduction, size_average, reduce)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+        )
+    if weight is not None:
+        weight = _checked_weight(
+            "binary_cross_entropy_with_logits(): argument 'weight' (position 3)", weight, input
+        )
+    if pos_weight is not None:
+        pos_weight = _checked_weight(
+            "binary_cross_entropy_with_logits(): argument 'pos_weight' (position 4)",
+            pos_weight,
+            input,
+        )
+    return _prepare(
+        "binary_cross_entropy_with_logits",
+        input,
+        target,
+        weight,
+        pos_weight,
+        LOGITS,
+        code,
+        ignore_index,
+        label_smoothing,
+        sample_weight,
+        normalizer,
+        on_empty,
+        inplace_backward,
+    )
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+) -> Tensor:
+    r"""Binary cross entropy between probabilities and targets, as `torch's function of this name
+    <https://pytorch.org/docs/stable/generated/torch.nn.functional.binary_cross_entropy.html>`_.
+
+    .. math::
+        \ell = -w \left[ t \max(\log p, -100) + (1 - t) \max(\log(1 - p), -100) \right]
+
+    Args:
+        input: probabilities :math:`p` in [0, 1], of any shape and strides.
+        target: :math:`t`, of the input's shape and dtype, or bool or integer.
+        weight, size_average, reduce, reduction, ignore_index, label_smoothing, sample_weight,
+            normalizer, on_empty: as for :func:`binary_cross_entropy_with_logits`.
+
+    Returns:
+        The loss in the input's dtype, of the input's shape for "none", else 0-D.
+
+    Raises:
+        RuntimeError: a probability outside [0, 1] or NaN (on the CPU at once; on CUDA the element's
+            loss is NaN, and the next call, or :func:`fused_ce.check`, raises); a float target of
+            another dtype; under autocast on CUDA; and as the function on logits.
+        ValueError, TypeError, NotImplementedError: as the function on logits.
+    """
+    tensors = (input, target, weight, sample_weight, normalizer)
+    if has_torch_function(tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            binary_cross_entropy,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            on_empty=on_empty,
+        )
+    code = _reduction_code(reduction, size_average, reduce)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}) is deprecated. Please ensure they have the same size."
+        )
+    if input.dtype != target.dtype and (
+        target.is_floating_point() or not input.is_floating_point()
+    ):
+        if not torch.is_autocast_enabled(input.device.type):
+            raise RuntimeError(
+                f"Found dtype {_dtype_name(target)} but expected {_dtype_name(input)}"
+            )
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        raise RuntimeError(
+            "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
+            "rounds to 0 or 1. Use binary_cross_entropy_with_logits or BCEWithLogitsLoss."
+        )
+    if weight is not None:
+        weight = _checked_weight("binary_cross_entropy(): argument 'weight' (position 3)", weight, input)
+    return _prepare(
+        "binary_cross_entropy",
+        input,
+        target,
+        weight,
+        None,
+        PROBABILITY,
+        code,
+        ignore_index,
+        label_smoothing,
+        sample_weight,
+        normalizer,
+        on_empty,
+        False,
+    )
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Focal loss of `Lin et al. 2017 <https://arxiv.org/abs/1708.02002>`_ on logits, as `torchvision's
+    function of this name <https://pytorch.org/vision/stable/generated/torchvision.ops.sigmoid_focal_loss.html>`_.
+
+    .. math::
+        \ell = \alpha_t (1 - p_t)^\gamma \, \mathrm{ce}(x, t), \quad p_t = \sigma(x) t + (1 - \sigma(x)) (1 - t)
+
+    Args:
+        inputs: logits of any shape and strides.
+        targets: labels of the same shape: float, bool or integer.
+        alpha: weight of the positive class in [0, 1], 1 - alpha that of the negative; -1 for none.
+        gamma: exponent of the modulating factor, at least 0.
+        reduction: "none", "mean" or "sum".
+        ignore_index, label_smoothing, sample_weight, normalizer, on_empty, inplace_backward: as for
+            :func:`binary_cross_entropy_with_logits`.
+
+    Returns:
+        The loss, of the inputs' shape for "none", else 0-D; the gradient is finite for every gamma.
+
+    Raises:
+        ValueError: alpha outside [0, 1] that is not -1; negative gamma; unknown reduction; shapes that
+            differ. Otherwise as :func:`binary_cross_entropy_with_logits`.
+    """
+    tensors = (inputs, targets, sample_weight, normalizer)
+    if has_torch_function(tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            sigmoid_focal_loss,
+            tensors,
+            inputs,
+            targets,
+            alpha=alpha,
+            gamma=gamma,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            on_empty=on_empty,
+            inplace_backward=inplace_backward,
+        )
+    if not 0 <= alpha <= 1 and alpha != -1:
+        raise ValueError(
+            f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore."
+        )
+    if not gamma >= 0:
+        raise ValueError(f"Invalid gamma value: {gamma}. gamma must not be negative.")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: "
+            "'none', 'mean', 'sum'"
+        )
+    if targets.shape != inputs.shape:
+        raise ValueError(
+            f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})"
+        )
+    return _prepare(
+        "sigmoid_focal_loss",
+        inputs,
+        targets,
+        None,
+        None,
+        FOCAL,
+        _REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        sample_weight,
+        normalizer,
+        on_empty,
+        inplace_backward,
+        float(alpha),
+        float(gamma),
+    )
+
+
+def _reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
+    if size_average is not None or reduce is not None:
+        return torch_reduction.legacy_get_enum(size_average, reduce)
+    code = _REDUCTIONS.get(reduction)
+    return torch_reduction.get_enum(reduction) if code is None else code
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return torch.empty(0, dtype=tensor.dtype).type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{argument} must be Tensor, not {type(weight).__name__}")
+    shape, full = weight.shape, input.shape
+    if shape != full:
+        for i in range(1, min(len(shape), len(full)) + 1):
+            if shape[-i] != full[-i] and shape[-i] != 1 and full[-i] != 1:
+                raise RuntimeError(
+                    f"The size of tensor a ({full[-i]}) must match the size of tensor b "
+                    f"({shape[-i]}) at non-singleton dimension {len(full) - i}"
+                )
+        broadcast = torch.broadcast_shapes(shape, full)
+        if broadcast != full:
+            raise RuntimeError(
+                f"output with shape {list(full)} doesn't match the broadcast shape "
+                f"{list(broadcast)}"
+            )
+    if weight.dtype not in _TARGET_DTYPES:
+        raise NotImplementedError(f"{argument} of dtype {weight.dtype} is not supported")
+    return _on_device(weight, input)
+
+
+def _on_device(tensor: Tensor, input: Tensor) -> Tensor:
+    if tensor.device == input.device:
+        return tensor
+    # Torch lets a 0-D tensor of the CPU stand for a number.
+    if tensor.dim() == 0 and tensor.device.type == "cpu":
+        return tensor.to(input.device)
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        f"{input.device} and {tensor.device}!"
+    )
+
+
+def _sample_weight_like(input: Tensor, sample_weight: Tensor) -> Tensor:
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight must be Tensor, not {type(sample_weight).__name__}")
+    shape = sample_weight.shape
+    if shape != input.shape[: len(shape)]:
+        raise ValueError(
+            f"sample_weight of shape {list(shape)} must have the shape of the input's leading "
+            f"dimensions, {list(input.shape)}"
+        )
+    return sample_weight.reshape(shape + (1,) * (input.dim() - len(shape)))
+
+
+def _prepare(
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    form: int,
+    reduction: int,
+    ignore_index: int | None,
+    label_smoothing: float,
+    sample_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    on_empty: str,
+    inplace: bool,
+    alpha: float = -1.0,
+    gamma: float = 0.0,
+) -> Tensor:
+    dtype = input.dtype
+    target_dtype = target.dtype
+    if dtype not in _INPUT_DTYPES or target_dtype not in _TARGET_DTYPES:
+        kind, wrong = ("input", dtype) if dtype not in _INPUT_DTYPES else ("target", target_dtype)
+        raise NotImplementedError(f"{name} is not implemented for {kind} of dtype {wrong}")
+    if input.layout is not torch.strided or target.layout is not torch.strided:
+        raise NotImplementedError(f"{name} needs strided tensors, not {input.layout}, {target.layout}")
+    if target.device != input.device:
+        target = _on_device(target, input)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if on_empty != "nan" and on_empty != "zero":
+        raise ValueError(f"on_empty must be 'nan' or 'zero', not {on_empty!r}")
+    if ignore_index is not None and not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
+    if target_dtype in _INPUT_DTYPES:
+        dtype = target_dtype
+    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (dtype, input.dtype):
+        dtype = torch.float32
+    if sample_weight is not None:
+        rows = _on_device(_sample_weight_like(input, sample_weight), input)
+        weight = rows if weight is None else weight * rows
+    denominator = None
+    if normalizer is not None:
+        if isinstance(normalizer, Tensor):
+            if normalizer.numel() != 1 or normalizer.dtype not in _TARGET_DTYPES:
+                raise ValueError("normalizer must be a number or a tensor of one real number")
+            normalizer = _on_device(normalizer.reshape(()), input)
+        else:
+            denominator = float(normalizer)
+            normalizer = None
+    options = (
+        form,
+        reduction,
+        dtype,
+        label_smoothing,
+        ignore_index,
+        alpha,
+        gamma,
+        denominator,
+        on_empty == "zero",
+    )
+    return _apply(input, target, weight, pos_weight, normalizer, options, inplace)
+
+
+def _transforms_active() -> bool:
+    return (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+    )
+
+
+def _apply(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    normalizer: Tensor | None,
+    options: tuple[Any, ...],
+    inplace: bool,
+) -> Tensor:
+    if _transforms_active() or (normalizer is not None and normalizer.requires_grad):
+        return reference.bce(input, target, weight, pos_weight, normalizer, *options)
+    if not torch.is_grad_enabled() or not (
+        input.requires_grad
+        or target.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (pos_weight is not None and pos_weight.requires_grad)
+    ):
+        return _bce_op(input, target, weight, pos_weight, normalizer, *options, None)  # type: ignore[no-any-return]
+    if not inplace or not input.requires_grad or torch.compiler.is_compiling():
+        return _BCE.apply(input, target, weight, pos_weight, normalizer, options, None)  # type: ignore[no-any-return,no-untyped-call]
+    _check_overwritable(input)
+    overwritten = _Overwritten(input)
+    loss: Tensor = _BCE.apply(input, target, weight, pos_weight, normalizer, options, overwritten)  # type: ignore[no-untyped-call]
+    _RaiseOnUse.apply(input)  # type: ignore[no-untyped-call]
+    overwritten.version = input._version
+    return loss
+
+
+class _Overwritten:
+    """Logits whose memory the gradient takes over, and the version they must still have then."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.detach()
+        self.version = logits._version
+        self.holds_gradient = False
+
+    def check(self) -> None:
+        if self.logits._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: the logits given to a loss with inplace_backward=True, whose "
+                "memory holds the gradient"
+            )
+
+
+def _check_overwritable(input: Tensor) -> None:
+    if input.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation "
+            "(inplace_backward=True overwrites the logits)."
+        )
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation "
+            "(inplace_backward=True overwrites the logits)."
+        )
+
+
+class _RaiseOnUse(torch.autograd.Function):
+    """Makes every later use of an overwritten tensor raise in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        raise RuntimeError(
+            "the logits of a loss with inplace_backward=True were used again: their memory holds the "
+            "gradient"
+        )
+
+
+class _BCE(torch.autograd.Function):
+    """`_bce` under autograd.
+
+    For "mean" and "sum" the gradient is written in the forward pass, while the logits are in registers,
+    and backward only scales it; not for float16, whose range cannot hold a gradient before the upstream
+    one (a loss scale) multiplies it. Backward takes that gradient once; a second backward computes it
+    anew, and one with create_graph=True composes it from reference.py.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        normalizer: Tensor | None,
+        options: tuple[Any, ...],
+        overwritten: _Overwritten | None,
+    ) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[0] and options[1] != NONE and input.dtype != torch.float16:
+            if overwritten is None:
+                gradient = torch.empty_like(input)
+            else:
+                gradient = overwritten.logits
+                overwritten.holds_gradient = True
+        loss: Tensor = _bce_op(input, target, weight, pos_weight, normalizer, *options, gradient)
+        ctx.options = options
+        ctx.overwritten = overwritten
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(input, target, weight, pos_weight, normalizer, gradient)
+        else:
+            ctx.gradient = gradient
+            kept = input if overwritten is None else None
+            ctx.save_for_backward(kept, target, weight, pos_weight, normalizer)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, pos_weight, normalizer, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        others = (None, None, None)
+        if torch.compiler.is_compiling():
+            gradient = rest[0]
+            if gradient is not None:
+                input_gradient = gradient * grad_output
+            else:
+                input_gradient = torch.empty_like(input)
+                _bce_backward_op(
+                    grad_output, input, target, weight, pos_weight, normalizer, *ctx.options,
+                    input_gradient,
+                )  # fmt: skip
+            if any(needs[1:4]):
+                others = _composed(ctx, grad_output, input, target, weight, pos_weight, normalizer)[1:]
+            return (input_gradient if needs[0] else None, *others, None, None, None)
+
+        overwritten, gradient = ctx.overwritten, ctx.gradient
+        if overwritten is not None:
+            overwritten.check()
+            if gradient is None and overwritten.holds_gradient:
+                raise RuntimeError(
+                    "Trying to backward through a loss with inplace_backward=True a second time, or "
+                    "for another gradient than the logits': they have been overwritten."
+                )
+            input = overwritten.logits
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            if overwritten is not None:
+                raise RuntimeError(
+                    "a loss with inplace_backward=True has no second derivative and no batched "
+                    "gradient: its logits are overwritten"
+                )
+            grads = _composed(ctx, grad_output, input, target, weight, pos_weight, normalizer)
+            return (*grads, None, None, None)
+        if any(needs[1:4]):
+            if overwritten is not None and overwritten.holds_gradient:
+                raise RuntimeError(
+                    "inplace_backward=True with a target or weight that requires grad: the logits "
+                    "that its gradient needs are overwritten"
+                )
+            others = _composed(ctx, grad_output, input, target, weight, pos_weight, normalizer)[1:]
+        if not needs[0]:
+            return (None, *others, None, None, None)
+        if gradient is not None:
+            ctx.gradient = None
+            _scale_op(gradient, grad_output)
+        else:
+            gradient = torch.empty_like(input) if overwritten is None else input
+            _bce_backward_op(
+                grad_output, input, target, weight, pos_weight, normalizer, *ctx.options, gradient
+            )
+            if overwritten is not None:
+                overwritten.holds_gradient = True
+        return (gradient, *others, None, None, None)
+
+
+def _composed(
+    ctx: Any,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    normalizer: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of input, target, weight and pos_weight as differentiable torch operations."""
+    differentiable = torch.is_grad_enabled()
+    arguments = [input, target, weight, pos_weight]
+    needs = list(ctx.needs_input_grad[:4])
+    if not differentiable:
+        # The op gives the input's gradient, except under a transform.
+        needs[0] = needs[0] and torch._C._are_functorch_transforms_active()
+        arguments = [
+            a if a is None else a.detach().requires_grad_(need)
+            for a, need in zip(arguments, needs, strict=True)
+        ]
+    with torch.enable_grad():
+        loss = reference.bce(*arguments, normalizer, *ctx.options)  # type: ignore[arg-type]
+        wanted = [a for a, need in zip(arguments, needs, strict=True) if need and a is not None]
+        found = iter(
+            torch.autograd.grad(
+                loss, wanted, grad_output, create_graph=differentiable, allow_unused=True
+            )
+        )
+    return tuple(next(found) if need else None for need in needs)
+
+
+@torch.library.register_fake("fused_ce::_bce")
+def _bce_fake(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    reduction, dtype = rest[4], rest[5]
+    if reduction == NONE:
+        return torch.empty_like(input, dtype=dtype)
+    return input.new_empty((), dtype=dtype)
+
+
+@torch.library.register_fake("fused_ce::_bce_backward")
+def _bce_backward_fake(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fused_ce::_scale_")
+def _scale_fake(gradient: Tensor, scale: Tensor) -> None:
+    return None
