@@ -3,6 +3,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "math.h"
 
 namespace fused_ce {
 
@@ -22,27 +23,31 @@ struct BceArguments {
 
   BceForm form;
   Reduction reduction;
-  double target_scale;  // target becomes target * target_scale + target_shift
+  double target_scale;  // t becomes t * target_scale + target_shift, and 1 - t likewise
   double target_shift;
   bool has_ignore_index;
   int64_t ignore_index;
-  float alpha;
-  float gamma;
-  float parity;  // sign of u^gamma for u < 0
+  FocalOptions<double> focal;
   bool has_denominator;
   double denominator;
   bool zero_on_empty;
   bool in_double;       // compute in float64
-  bool half_precision;  // the loss is a half type: kHalf terms are enough
+  bool half_precision;  // loss and gradient are half types: kHalf terms are enough
 
   bool counts_kept() const {
     return reduction == Reduction::kMean && has_ignore_index && !has_denominator && !normalizer;
   }
 };
 
+template <class Scalar>
+FUSED_CE_HOST_DEVICE FocalOptions<Scalar> focal_options(const FocalOptions<double>& o) {
+  return {static_cast<Scalar>(o.positive), static_cast<Scalar>(o.negative),
+          static_cast<Scalar>(o.gamma), static_cast<Scalar>(o.parity)};
+}
+
 // What multiplies the summed loss and each gradient. A denominator of 0 gives sum / 0, or 0 on
 // demand.
-inline double inverse_of(double denominator, bool zero_on_empty) {
+FUSED_CE_HOST_DEVICE double inverse_of(double denominator, bool zero_on_empty) {
   return denominator == 0 && zero_on_empty ? 0.0 : 1.0 / denominator;
 }
 

@@ -1,4 +1,4 @@
-// The binary cross entropy ops around a device's `run(BceArguments&)`: checks, allocation,
+// The binary cross entropy ops around a device's `run`: checks, allocation,
 // operands.
 #pragma once
 
@@ -23,15 +23,17 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   a.target_shift = 0.5 * label_smoothing;
   a.has_ignore_index = ignore_index.has_value();
   a.ignore_index = ignore_index.value_or(0);
-  a.alpha = static_cast<float>(alpha);
-  a.gamma = static_cast<float>(gamma);
-  double half = gamma / 2;
-  a.parity = gamma != floor(gamma) ? NAN : half == floor(half) ? 1.0f : -1.0f;
+  double parity = gamma != floor(gamma) ? NAN : fmod(gamma, 2) == 0 ? 1.0 : -1.0;
+  bool balanced = alpha >= 0;
+  a.focal = {balanced ? alpha : 1.0, balanced ? 1.0 - alpha : 1.0, gamma, parity};
   a.has_denominator = denominator.has_value();
   a.denominator = denominator.value_or(0.0);
   a.zero_on_empty = zero_on_empty;
   a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
-  a.half_precision = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  auto is_half = [](ScalarType type) {
+    return type == ScalarType::Half || type == ScalarType::BFloat16;
+  };
+  a.half_precision = is_half(dtype) && is_half(input.scalar_type());
 
   auto sizes = input.sizes();
   a.space.rank = static_cast<int>(sizes.size());
@@ -73,7 +75,7 @@ Tensor bce_forward(const Tensor& input, const Tensor& target, std::optional<Tens
                     label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
   bool reduced = a.reduction != Reduction::kNone;
   Tensor loss =
-      reduced ? empty_strided(input, dtype, 0, nullptr, nullptr) : empty_dense_like(input, dtype);
+      reduced ? empty_strided(input, dtype, 0, nullptr, nullptr) : empty_like(input, dtype);
   if (reduced) {
     a.loss.data = loss.data_ptr();
     a.loss.dtype = dtype_of(dtype);
@@ -82,7 +84,7 @@ Tensor bce_forward(const Tensor& input, const Tensor& target, std::optional<Tens
   }
   set_operand(a.gradient, gradient, a.space, input, "gradient");
   merge_dimensions(a);
-  kRun(a, input.get_device_index());
+  kRun(a, input);
   return loss;
 }
 
@@ -99,7 +101,7 @@ void bce_backward(const Tensor& grad_output, const Tensor& input, const Tensor& 
   set_operand(a.upstream, grad_output, a.space, input, "grad_output");
   set_operand(a.gradient, gradient, a.space, input, "gradient");
   merge_dimensions(a);
-  kRun(a, input.get_device_index());
+  kRun(a, input);
 }
 
 }  // namespace fused_ce

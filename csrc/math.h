@@ -24,19 +24,33 @@ namespace fused_ce {
 // float16's.
 enum class Precision { kFull, kHalf };
 
+// The type of V's elements.
+template <class V>
+struct ElementOf {
+  using type = V;
+};
+template <class V>
+using ScalarOf = typename ElementOf<V>::type;
+
 namespace math {
 
-// Remez fits of (log1p(e) - e) / e^2 on [0, 1]; relative error of log1p: 9.4e-9 and 1.7e-5.
+// Remez fits on [0, 1]: of (log1p(e) - e) / e^2, relative error of log1p 9.4e-9; and of log1p(e) /
+// e, 8.4e-6.
 #define FUSED_CE_LOG1P_FULL                                                                    \
   {-0.499999605332f, 0.333311536702f,   -0.249635297753f, 0.197126676023f,   -0.153843851882f, \
    0.1069882282f,    -0.0575786435285f, 0.0200345166107f, -0.00325637847955f}
-#define FUSED_CE_LOG1P_HALF \
-  {-0.499614692494f, 0.326456264072f, -0.212102542337f, 0.102387724596f, -0.0239795732778f}
+#define FUSED_CE_LOG1P_HALF                             \
+  {0.999991598744f,  -0.499361349683f, 0.325206566685f, \
+   -0.210048436723f, 0.10122206172f,   -0.0238690834899f}
 
 template <class V, int kTerms>
 FUSED_CE_HOST_DEVICE V polynomial(V x, const float (&coefficients)[kTerms]) {
-  V sum = x * 0 + coefficients[kTerms - 1];
+  V sum = V{} + coefficients[kTerms - 1];
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 16
+#endif
   for (int i = kTerms - 2; i >= 0; --i) sum = sum * x + coefficients[i];
   return sum;
 }
@@ -86,7 +100,7 @@ template <Precision kPrecision>
 __device__ __forceinline__ float log1p_unit(float e) {
   if constexpr (kPrecision == Precision::kHalf) {
     const float c[] = FUSED_CE_LOG1P_HALF;
-    return fmaf(e * e, polynomial<float>(e, c), e);
+    return e * polynomial<float>(e, c);
   } else {
     const float c[] = FUSED_CE_LOG1P_FULL;
     return fmaf(e * e, polynomial<float>(e, c), e);
@@ -114,7 +128,7 @@ FUSED_CE_HOST_DEVICE To bit_cast(From from) {
 
 template <class V>
 FUSED_CE_HOST_DEVICE V absolute(V x) {
-  return bit_cast<V>(bit_cast<Bits<V> >(x) & 0x7fffffff);
+  return bit_cast<V>(bit_cast<Bits<V>>(x) & 0x7fffffff);
 }
 template <class V>
 FUSED_CE_HOST_DEVICE V reciprocal(V x) {
@@ -127,7 +141,7 @@ FUSED_CE_HOST_DEVICE V reciprocal(V x) {
 template <Precision kPrecision, class V>
 FUSED_CE_HOST_DEVICE V exp_negative(V y) {
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  y = y > 104.0f ? y * 0 + 104.0f : y;
+  y = y > 104.0f ? V{} + 104.0f : y;
   V shifted = kRound - y * 1.44269502162933349609375f;
   V n = shifted - kRound;
   V r = -y - n * 0.693145751953125f;
@@ -137,7 +151,7 @@ FUSED_CE_HOST_DEVICE V exp_negative(V y) {
                      0.00138146087989f};
   V p = (r * r) * polynomial<V>(r, c) + r;
   p = p + 1.0f;
-  V scale = bit_cast<V>((bit_cast<Bits<V> >(shifted) - (0x4b400000 - 127 - 64)) << 23);
+  V scale = bit_cast<V>((bit_cast<Bits<V>>(shifted) - (0x4b400000 - 127 - 64)) << 23);
   return p * scale * 5.42101086242752217004e-20f;  // 2^-64
 }
 
@@ -146,7 +160,7 @@ template <Precision kPrecision, class V>
 FUSED_CE_HOST_DEVICE V log1p_unit(V e) {
   if constexpr (kPrecision == Precision::kHalf) {
     const float c[] = FUSED_CE_LOG1P_HALF;
-    return (e * e) * polynomial<V>(e, c) + e;
+    return e * polynomial<V>(e, c);
   } else {
     const float c[] = FUSED_CE_LOG1P_FULL;
     return (e * e) * polynomial<V>(e, c) + e;
@@ -158,8 +172,8 @@ FUSED_CE_HOST_DEVICE V log1p_unit(V e) {
 template <class V>
 FUSED_CE_HOST_DEVICE V log(V x) {
   V normal = x < 1.17549435e-38f ? x * 8388608.0f : x;
-  V offset = x < 1.17549435e-38f ? x * 0 - 23.0f : x * 0;
-  Bits<V> bits = bit_cast<Bits<V> >(normal);
+  V offset = x < 1.17549435e-38f ? V{} - 23.0f : V{};
+  Bits<V> bits = bit_cast<Bits<V>>(normal);
   Bits<V> n = (bits - 0x3f3504f3) >> 23;
   V f = bit_cast<V>(bits - (n << 23)) - 1.0f;
   // The exponent as a float without a conversion instruction, which scalars and vectors spell
@@ -171,8 +185,8 @@ FUSED_CE_HOST_DEVICE V log(V x) {
   V f2 = f * f;
   V tail = f2 * f * polynomial<V>(f, c) + k * 1.42860682030941723212e-6f;
   V result = (f - (f2 * 0.5f - tail)) + k * 0.693145751953125f;
-  result = x == 0.0f ? x * 0 - __builtin_inff() : result;
-  result = x < 0.0f ? x * 0 + __builtin_nanf("") : result;
+  result = x == 0.0f ? V{} - __builtin_inff() : result;
+  result = x < 0.0f ? V{} + __builtin_nanf("") : result;
   return x > 3.4028234e38f || x != x ? x : result;
 }
 
@@ -190,20 +204,56 @@ struct LossAndGradient {
 // `negative` = 1 - t and `positive` = pos_weight t, whose sum the caller passes as `total` (the
 // constant 1 without pos_weight, which then folds away):
 //   loss = positive softplus(-x) + negative softplus(x)
-// With y = |x|, e = exp(-y), r = 1 / (1 + e) and m the coefficient of the wrong side, this is
-// m y + total log1p(e), and the gradient sign(x) (m - total e r): one exponential, no cancellation.
-// m = 0 is selected, so that an infinite logit on the right side costs 0.
+// With y = |x|, e = exp(-y), s = -1 / (1 + e) and m the coefficient of the wrong side, this is
+// m y + total log1p(e), and the gradient sign(x) (m + total e s): one exponential, no cancellation.
+// m = 0 is selected, so that an infinite logit on the right side costs 0. The gradient comes
+// multiplied by `scale`, which takes over its sign.
 struct BceLogits {
   template <Precision kPrecision, class V>
-  FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V x, V negative, V positive, V total) {
+  FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V x, V negative, V positive, V total,
+                                                          V scale) {
     V y = math::absolute(x);
     V e = math::exp_negative<kPrecision>(y);
     V m = x >= 0.0f ? negative : positive;
     V wrong_side = m == 0.0f ? m : m * y;
-    V gradient = m - total * (e * math::reciprocal(1.0f + e));
-    return {wrong_side + total * math::log1p_unit<kPrecision>(e), x >= 0.0f ? gradient : -gradient};
+    V gradient = m + total * (e * math::reciprocal(-1.0f - e));
+    return {wrong_side + total * math::log1p_unit<kPrecision>(e),
+            gradient * (x >= 0.0f ? scale : -scale)};
   }
 };
+
+#if defined(__CUDACC__)
+// The same, plain, for a group of logits of which only the summed loss is wanted, in half
+// precision: fewer instructions an element. One logarithm serves the group, since the log1p(e_i)
+// add up to log1p(z) with 1 + z = prod(1 + e_i); z itself is built up, not 1 + z, so that small e_i
+// keep their digits. The wrong side is max(x, 0) - x t in one rounding. An infinite logit makes the
+// sum NaN: the caller then adds up BceLogits.
+template <bool kGradient, int kCount>
+__device__ __forceinline__ float bce_logits_group(const float (&x)[kCount],             // [kCount]
+                                                  const float (&minus_target)[kCount],  // [kCount]
+                                                  float scale,
+                                                  float (&gradient)[kCount]) {  // [kCount]
+  float wrong_side = 0, z = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float e = math::exp_negative<Precision::kHalf>(fabsf(x[i]));
+    float u = 1.0f + e;
+    float wrong = fmaf(x[i], minus_target[i], fmaxf(x[i], 0.0f));
+    z = i == 0 ? e : fmaf(z, u, e);
+    wrong_side = i == 0 ? wrong : wrong_side + wrong;
+    if constexpr (kGradient) {
+      float q = e * math::reciprocal(u);
+      bool positive = x[i] >= 0.0f;
+      gradient[i] =
+          fmaf(q, positive ? -scale : scale, fmaf(minus_target[i], scale, positive ? scale : 0.0f));
+    }
+  }
+  // log1p(z): a series where the hardware's logarithm of 1 + z would lose digits.
+  float series = fmaf(z, fmaf(z, fmaf(z, -0.25f, 0.333333343f), -0.5f), 1.0f) * z;
+  float direct = __log2f(1.0f + z) * 0.693147182464599609375f;
+  return wrong_side + (z < 0.0625f ? series : direct);
+}
+#endif
 
 // Binary cross entropy on a probability p, with torch.nn.BCELoss's clamps:
 //   loss = -(t max(log p, -100) + (1 - t) max(log(1 - p), -100)), gradient (p - t) / max(p (1 - p),
@@ -215,23 +265,31 @@ struct BceProbability {
     // 1 - p is rounded; (1 - q) - p is what the rounding took, exactly.
     V log_q = math::log(q) + (q == 0.0f ? q : ((1.0f - q) - p) / q);
     V log_p = math::log(p);
-    log_p = log_p < -100.0f ? log_p * 0 - 100.0f : log_p;
-    log_q = log_q < -100.0f ? log_q * 0 - 100.0f : log_q;
+    log_p = log_p < -100.0f ? V{} - 100.0f : log_p;
+    log_q = log_q < -100.0f ? V{} - 100.0f : log_q;
     log_p = p == 0.0f ? p - 100.0f : log_p;
     log_q = q == 0.0f ? q - 100.0f : log_q;
+    const ScalarOf<V> kSmallest = 1e-12;
     V pq = p * q;
-    return {-(t * log_p + (1.0f - t) * log_q), (p - t) / (pq < 1e-12f ? pq * 0 + 1e-12f : pq)};
+    return {-(t * log_p + (1.0f - t) * log_q), (p - t) / (pq < kSmallest ? V{} + kSmallest : pq)};
   }
+};
+
+template <class Scalar>
+struct FocalOptions {
+  Scalar positive, negative;  // alpha and 1 - alpha, or 1 and 1 without balancing
+  Scalar gamma;
+  Scalar parity;  // the sign of u^gamma for a negative u: NaN where gamma is no integer
 };
 
 // Focal loss (Lin et al. 2017, arXiv:1708.02002): alpha_t u^gamma ce(x, t) with u = 1 - p_t.
 // With m, n, e, r as above, u = r (m + n e), so log u needs no subtraction of nearly equal numbers
 // and d log u / dx = (1 - 2t) e r / (m + n e) stays finite where u underflows. A target outside [0,
-// 1] can make u negative: `parity` is then the sign of u^gamma (NaN where gamma is no integer).
+// 1] can make u negative.
 struct FocalLogits {
   template <Precision kPrecision, class V>
-  FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V x, V t, float alpha, float gamma,
-                                                          float parity) {
+  FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(
+      V x, V t, const FocalOptions<ScalarOf<V>>& options) {
     V negative = 1.0f - t;
     V y = math::absolute(x);
     V e = math::exp_negative<kPrecision>(y);
@@ -246,16 +304,17 @@ struct FocalLogits {
     V mixed = m + n * e;
     V slope = (negative - t) * r;
     V u_slope = m == 0.0f ? slope / n : slope * e / mixed;
-    V modulation = x * 0 + 1.0f;
-    if (gamma != 0.0f) {
+    V modulation = V{} + 1.0f;
+    if (options.gamma != 0.0f) {
       V log_u = (m == 0.0f ? math::log(math::absolute(n)) - y : math::log(math::absolute(mixed))) -
                 log1p_e;
-      modulation = math::exp_negative<kPrecision>(log_u * -gamma);
-      modulation = (m == 0.0f ? n : mixed) < 0.0f ? modulation * parity : modulation;
+      modulation = math::exp_negative<kPrecision>(log_u * -options.gamma);
+      modulation = (m == 0.0f ? n : mixed) < 0.0f ? modulation * options.parity : modulation;
     }
-    V factor = modulation;
-    if (alpha >= 0.0f) factor = factor * (alpha * t + (1.0f - alpha) * negative);
-    return {factor * ce, factor * (ce_gradient + ce * gamma * u_slope)};
+    V factor = modulation * (options.positive * t + options.negative * negative);
+    // At an infinite logit on the wrong side the loss is infinite while u stands still.
+    V bend = u_slope == 0.0f ? V{} : ce * options.gamma * u_slope;
+    return {factor * ce, factor * (ce_gradient + bend)};
   }
 };
 

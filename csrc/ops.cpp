@@ -6,6 +6,9 @@
 #include <string>
 
 #include "cpu/body.h"
+#if defined(FUSED_CE_WITH_CUDA)
+#include "cuda/device.h"
+#endif
 
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   // csrc/{cpu,cuda}/bce.cpp
@@ -33,7 +36,18 @@ PyObject* build_info(PyObject*, PyObject*) {
   return PyUnicode_FromString(text.c_str());
 }
 
+// The bad input that a CUDA kernel has reported since the last call, as a message, or an empty
+// string.
+PyObject* take_report(PyObject*, PyObject*) {
+#if defined(FUSED_CE_WITH_CUDA)
+  return PyUnicode_FromString(fused_ce::take_report().c_str());
+#else
+  return PyUnicode_FromString("");
+#endif
+}
+
 PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr},
+                         {"take_report", take_report, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

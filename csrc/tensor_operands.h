@@ -82,28 +82,13 @@ inline Tensor empty_strided(const Tensor& like, ScalarType dtype, int64_t rank,
   return Tensor(handle);
 }
 
-// An uninitialised dense tensor whose dimensions lie in memory in the order of `like`'s, as
-// torch.empty_like makes it.
-inline Tensor empty_dense_like(const Tensor& like, ScalarType dtype) {
-  auto sizes = like.sizes();
-  auto input_strides = like.strides();
-  int rank = static_cast<int>(sizes.size());
-  int order[kMaxRank];
-  for (int k = 0; k < rank; ++k) {
-    int i = rank - 1 - k, place = k;
-    while (place > 0 && sizes[i] != 1 && input_strides[order[place - 1]] > input_strides[i]) {
-      order[place] = order[place - 1];
-      --place;
-    }
-    order[place] = i;
-  }
-  int64_t strides[kMaxRank];
-  int64_t stride = 1;
-  for (int k = 0; k < rank; ++k) {
-    strides[order[k]] = stride;
-    stride *= sizes[order[k]] > 1 ? sizes[order[k]] : 1;
-  }
-  return empty_strided(like, dtype, rank, sizes.data(), strides);
+inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(like),         from(std::optional(dtype)), from(std::nullopt),
+                          from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace fused_ce

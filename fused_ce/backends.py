@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -95,6 +96,13 @@ def _devices_in_use() -> tuple[str, ...]:
     return DEVICES if torch.backends.cuda.is_built() else ("CPU",)
 
 
+# Torch 2.10 lacks the argument, and warns of nothing; later versions warn without it.
+_OVERRIDE = (
+    {"allow_override": True}
+    if "allow_override" in inspect.signature(torch.library.Library.impl).parameters
+    else {}
+)
+
 _serving = {(op, device): "native" for op in OPS for device in DEVICES}
 _forced: str | None = None
 _library: torch.library.Library | None = None
@@ -115,7 +123,7 @@ def _register() -> None:
         if _library is None:
             _library = torch.library.Library("fused_ce", "IMPL")  # noqa: TOR901
         implementation = (_triton_ops() if name == "triton" else _REFERENCE)[op]
-        _library.impl(op, implementation, device)
+        _library.impl(op, implementation, device, **_OVERRIDE)
 
 
 def set_backend(name: str | None) -> None:
@@ -155,13 +163,16 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises IndexError or RuntimeError for bad input that a CUDA kernel has found since the last call.
+    """Raises RuntimeError for bad input that a CUDA kernel has found since the last call.
 
     Waits for the current device's work to end first. Without this call, the next call into the package
     after the kernel has run raises it.
     """
     if "CUDA" in _devices_in_use() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    report = _C.take_report()
+    if report:
+        raise RuntimeError(report)
 
 
 def table() -> list[tuple[str, str, str]]:

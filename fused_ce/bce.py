@@ -198,7 +198,7 @@ def binary_cross_entropy(
     if input.dtype != target.dtype and (
         target.is_floating_point() or not input.is_floating_point()
     ):
-        if not torch.is_autocast_enabled(input.device.type):
+        if not _is_autocast_enabled(input):
             raise RuntimeError(
                 f"Found dtype {_dtype_name(target)} but expected {_dtype_name(input)}"
             )
@@ -256,7 +256,8 @@ def sigmoid_focal_loss(
             :func:`binary_cross_entropy_with_logits`.
 
     Returns:
-        The loss, of the inputs' shape for "none", else 0-D; the gradient is finite for every gamma.
+        The loss, of the inputs' shape for "none", else 0-D; its dtype is what inputs and float targets
+        promote to, or float32 under autocast. The gradient is finite for every gamma.
 
     Raises:
         ValueError: alpha outside [0, 1] that is not -1; negative gamma; unknown reduction; shapes that
@@ -329,21 +330,38 @@ def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
         raise TypeError(f"{argument} must be Tensor, not {type(weight).__name__}")
     shape, full = weight.shape, input.shape
     if shape != full:
-        for i in range(1, min(len(shape), len(full)) + 1):
-            if shape[-i] != full[-i] and shape[-i] != 1 and full[-i] != 1:
-                raise RuntimeError(
-                    f"The size of tensor a ({full[-i]}) must match the size of tensor b "
-                    f"({shape[-i]}) at non-singleton dimension {len(full) - i}"
-                )
-        broadcast = torch.broadcast_shapes(shape, full)
-        if broadcast != full:
-            raise RuntimeError(
-                f"output with shape {list(full)} doesn't match the broadcast shape "
-                f"{list(broadcast)}"
-            )
+        _check_broadcast(shape, full, "pos_weight" in argument)
     if weight.dtype not in _TARGET_DTYPES:
         raise NotImplementedError(f"{argument} of dtype {weight.dtype} is not supported")
+    if weight.layout is not torch.strided:
+        weight = weight.to_dense()
     return _on_device(weight, input)
+
+
+def _check_broadcast(shape: torch.Size, full: torch.Size, swapped: bool) -> None:
+    """Raises torch's errors unless `shape` broadcasts to `full`; torch calls its own operands a, b."""
+    enlarges = len(shape) > len(full)
+    for i in range(1, min(len(shape), len(full)) + 1):
+        a, b = full[-i], shape[-i]
+        if a == b or b == 1:
+            continue
+        if a != 1:
+            a, b = (b, a) if swapped else (a, b)
+            raise RuntimeError(
+                f"The size of tensor a ({a}) must match the size of tensor b ({b}) at "
+                f"non-singleton dimension {max(len(shape), len(full)) - i}"
+            )
+        enlarges = True
+    if enlarges:
+        raise RuntimeError(
+            f"output with shape {list(full)} doesn't match the broadcast shape "
+            f"{list(torch.broadcast_shapes(shape, full))}"
+        )
+
+
+def _is_autocast_enabled(input: Tensor) -> bool:
+    # The meta device has no autocast; asking for it raises.
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
 
 def _on_device(tensor: Tensor, input: Tensor) -> Tensor:
@@ -367,6 +385,8 @@ def _sample_weight_like(input: Tensor, sample_weight: Tensor) -> Tensor:
             f"sample_weight of shape {list(shape)} must have the shape of the input's leading "
             f"dimensions, {list(input.shape)}"
         )
+    if sample_weight.dtype not in _TARGET_DTYPES:
+        raise NotImplementedError(f"sample_weight of dtype {sample_weight.dtype} is not supported")
     return sample_weight.reshape(shape + (1,) * (input.dim() - len(shape)))
 
 
@@ -402,19 +422,26 @@ def _prepare(
         raise ValueError(f"on_empty must be 'nan' or 'zero', not {on_empty!r}")
     if ignore_index is not None and not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
-    if target_dtype in _INPUT_DTYPES:
-        dtype = target_dtype
-    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (dtype, input.dtype):
+    if target_dtype in _INPUT_DTYPES and target_dtype != dtype:
+        # torchvision's formula promotes where torch's function takes the target's dtype.
+        dtype = torch.promote_types(dtype, target_dtype) if form == FOCAL else target_dtype
+    if _is_autocast_enabled(input) and torch.float64 not in (dtype, input.dtype):
         dtype = torch.float32
     if sample_weight is not None:
         rows = _on_device(_sample_weight_like(input, sample_weight), input)
-        weight = rows if weight is None else weight * rows
+        if weight is None:
+            weight = rows
+        else:  # in the precision of the arithmetic: a product of half types would be rounded to one
+            in_double = torch.float64 in (dtype, input.dtype)
+            weight = weight * rows.to(torch.float64 if in_double else torch.float32)
     denominator = None
     if normalizer is not None:
         if isinstance(normalizer, Tensor):
             if normalizer.numel() != 1 or normalizer.dtype not in _TARGET_DTYPES:
                 raise ValueError("normalizer must be a number or a tensor of one real number")
             normalizer = _on_device(normalizer.reshape(()), input)
+        elif isinstance(normalizer, str):  # float() would parse it
+            raise TypeError("normalizer must be a number or a tensor, not str")
         else:
             denominator = float(normalizer)
             normalizer = None
@@ -449,14 +476,18 @@ def _apply(
 ) -> Tensor:
     if _transforms_active() or (normalizer is not None and normalizer.requires_grad):
         return reference.bce(input, target, weight, pos_weight, normalizer, *options)
-    if not torch.is_grad_enabled() or not (
-        input.requires_grad
-        or target.requires_grad
+    others_require_grad = (
+        target.requires_grad
         or (weight is not None and weight.requires_grad)
         or (pos_weight is not None and pos_weight.requires_grad)
-    ):
+    )
+    if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
         return _bce_op(input, target, weight, pos_weight, normalizer, *options, None)  # type: ignore[no-any-return]
-    if not inplace or not input.requires_grad or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling and others_require_grad:
+        # Dynamo cannot trace the torch.autograd.grad of `_composed`.
+        return reference.bce(input, target, weight, pos_weight, normalizer, *options)
+    if not inplace or not input.requires_grad or compiling:
         return _BCE.apply(input, target, weight, pos_weight, normalizer, options, None)  # type: ignore[no-any-return,no-untyped-call]
     _check_overwritable(input)
     overwritten = _Overwritten(input)
@@ -518,8 +549,9 @@ class _BCE(torch.autograd.Function):
 
     For "mean" and "sum" the gradient is written in the forward pass, while the logits are in registers,
     and backward only scales it; not for float16, whose range cannot hold a gradient before the upstream
-    one (a loss scale) multiplies it. Backward takes that gradient once; a second backward computes it
-    anew, and one with create_graph=True composes it from reference.py.
+    one (a loss scale) multiplies it, and not under saved-tensor hooks (checkpointing, offloading), which
+    are there to keep nothing. Backward takes that gradient once; a second backward computes it anew, and
+    one with create_graph=True composes it from reference.py.
     """
 
     @staticmethod
@@ -533,17 +565,18 @@ class _BCE(torch.autograd.Function):
         options: tuple[Any, ...],
         overwritten: _Overwritten | None,
     ) -> Tensor:
+        compiling = torch.compiler.is_compiling()
         gradient = None
         if ctx.needs_input_grad[0] and options[1] != NONE and input.dtype != torch.float16:
-            if overwritten is None:
-                gradient = torch.empty_like(input)
-            else:
+            if overwritten is not None:
                 gradient = overwritten.logits
                 overwritten.holds_gradient = True
+            elif compiling or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+                gradient = torch.empty_like(input)
         loss: Tensor = _bce_op(input, target, weight, pos_weight, normalizer, *options, gradient)
         ctx.options = options
         ctx.overwritten = overwritten
-        if torch.compiler.is_compiling():
+        if compiling:
             ctx.save_for_backward(input, target, weight, pos_weight, normalizer, gradient)
         else:
             ctx.gradient = gradient
@@ -554,22 +587,18 @@ class _BCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, pos_weight, normalizer, *rest = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        others = (None, None, None)
         if torch.compiler.is_compiling():
             gradient = rest[0]
             if gradient is not None:
-                input_gradient = gradient * grad_output
-            else:
-                input_gradient = torch.empty_like(input)
-                _bce_backward_op(
-                    grad_output, input, target, weight, pos_weight, normalizer, *ctx.options,
-                    input_gradient,
-                )  # fmt: skip
-            if any(needs[1:4]):
-                others = _composed(ctx, grad_output, input, target, weight, pos_weight, normalizer)[1:]
-            return (input_gradient if needs[0] else None, *others, None, None, None)
+                return (gradient * grad_output, *(None,) * 6)
+            gradient = torch.empty_like(input)
+            _bce_backward_op(
+                grad_output, input, target, weight, pos_weight, normalizer, *ctx.options, gradient
+            )
+            return (gradient, *(None,) * 6)
 
+        needs = ctx.needs_input_grad
+        others: tuple[Tensor | None, ...] = (None, None, None)
         overwritten, gradient = ctx.overwritten, ctx.gradient
         if overwritten is not None:
             overwritten.check()

@@ -22,15 +22,30 @@ def _times(coefficient: Tensor, x: Tensor, sign: int) -> Tensor:
 
 
 def _focal_modulation(x: Tensor, target: Tensor, gamma: float) -> Tensor:
-    """(1 - p_t)^gamma, by logarithms for hard labels, where 1 - p_t may underflow."""
+    """u^gamma of u = 1 - p_t, through log u where the target lies in [0, 1], since u may underflow.
+
+    With y = |x| and m, n = 1 - t, t on the side of the logit, u = sigmoid(y) (m + n e^-y), which is
+    sigmoid(-y) (1 + m (e^y - 1)) too: the second is used where m is 0, so that derivatives for x and
+    for t both come out right and finite.
+    """
     if gamma == 0:
         return torch.ones_like(x)
-    u = torch.sigmoid(x) * (1 - target) + torch.sigmoid(-x) * target
-    if target.requires_grad:
-        return u**gamma
-    hard = (target == 0) | (target == 1)
-    log_u = F.logsigmoid(torch.where(target == 1, -x, x))
-    return torch.where(hard, torch.exp(gamma * log_u), torch.where(hard, 1.0, u) ** gamma)
+    y = torch.where(x >= 0, x, -x)
+    m = torch.where(x >= 0, 1 - target, target)
+    right = m == 0
+    near, far = 1 + m * torch.expm1(y.clamp(max=80)), m + (1 - m) * torch.exp(-y)
+    factor = torch.where(right, near, far)
+    inside = factor > 0
+    log_u = F.logsigmoid(torch.where(right, -y, y)) + torch.log(torch.where(inside, factor, 1.0))
+    outside = torch.where(inside, 1.0, torch.sigmoid(y) * factor)
+    return torch.where(inside, torch.exp(gamma * log_u), outside**gamma)
+
+
+def _is_kept(target: Tensor, ignore_index: int) -> Tensor:
+    # In the target's own dtype the comparison would round or wrap the index.
+    if target.is_floating_point():
+        return target.double() != ignore_index
+    return target.long() != ignore_index
 
 
 def bce(
@@ -54,7 +69,7 @@ def bce(
     compute = torch.float64 if in_double else torch.float32
     x = input.to(compute)
     t = target.to(compute)
-    kept = None if ignore_index is None else target != ignore_index
+    kept = None if ignore_index is None else _is_kept(target, ignore_index)
     if kept is not None:
         x = torch.where(kept, x, 0.0)
         t = torch.where(kept, t, 0.0)

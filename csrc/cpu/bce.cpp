@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <stdexcept>
 
 #include "../bce_ops.h"
 #include "body.h"
@@ -11,9 +12,6 @@
 
 namespace fused_ce {
 namespace {
-
-// Chunks a thread takes at least, so that small losses stay on one.
-constexpr int64_t kChunksPerThread = 2;
 
 double denominator_of(const BceArguments& a, int64_t chunks) {
   if (a.normalizer) return load_scalar(a.normalizer);
@@ -27,7 +25,7 @@ double denominator_of(const BceArguments& a, int64_t chunks) {
   return static_cast<double>(kept.load());
 }
 
-void run_cpu(const BceArguments& a, int32_t /*device_index*/) {
+void run_cpu(const BceArguments& a, const Tensor&) {
   const CpuBodies& bodies = cpu_bodies();
   int64_t numel = a.space.numel;
   int64_t chunks = (numel + kChunk - 1) / kChunk;
@@ -38,20 +36,27 @@ void run_cpu(const BceArguments& a, int32_t /*device_index*/) {
   double few[64];
   std::unique_ptr<double[]> many(chunks > 64 ? new double[chunks] : nullptr);
   double* sums = chunks > 64 ? many.get() : few;  // [chunks]
-  std::atomic<bool> out_of_range{false};
+  std::atomic<unsigned> out_of_range{0};
   torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t first, int64_t last) {
-    bool found = false;
+    unsigned found = 0;
     for (int64_t i = first; i < last; ++i) {
       int64_t end = (i + 1) * kChunk < numel ? (i + 1) * kChunk : numel;
       sums[i] = bodies.bce_chunk(a, i * kChunk, end, inverse, &found);
     }
-    if (found) out_of_range = true;
+    if (found != 0) out_of_range |= found;
   });
-  STD_TORCH_CHECK(!out_of_range, "all elements of input should be between 0 and 1");
+  // Torch's own words, which STD_TORCH_CHECK would put a source line before.
+  if (out_of_range & kInputOutOfRange) {
+    throw std::runtime_error("all elements of input should be between 0 and 1");
+  }
+  if (out_of_range & kTargetOutOfRange) {
+    throw std::runtime_error("all elements of target should be between 0 and 1");
+  }
   if (!a.loss || a.reduction == Reduction::kNone) return;
-  double sum = 0;
-  for (int64_t i = 0; i < chunks; ++i) sum += sums[i];
-  store_scalar(a.loss, denominator == 0 ? sum * inverse : sum / denominator);
+  Sum sum;
+  for (int64_t i = 0; i < chunks; ++i) sum.add(sums[i]);
+  double total = sum.total();
+  store_scalar(a.loss, denominator == 0 ? total * inverse : total / denominator);
 }
 
 }  // namespace

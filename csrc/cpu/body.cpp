@@ -15,6 +15,7 @@ template <class Real>
 struct Block {
   const Real* input;     // [count]
   const Real* target;    // [count]
+  const Real* negative;  // [count] 1 - target where smoothing has made it, or null
   const Real* positive;  // [count] pos_weight, or null
   const Real* weight;    // [count] or null
   const Real* upstream;  // [count] or null
@@ -31,132 +32,159 @@ template <>
 struct VectorOf<float> {
   using type = Floats;
 };
-FUSED_CE_HOST_DEVICE double sum_of(double v) { return v; }
-FUSED_CE_HOST_DEVICE double sum_of(Floats v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(v[i]);
-  return sum;
-}
-FUSED_CE_HOST_DEVICE bool any(bool mask) { return mask; }
-FUSED_CE_HOST_DEVICE bool any(Ints mask) {
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= mask[i];
-  return found != 0;
-}
 
-template <BceForm kForm, Precision kPrecision, class V>
-FUSED_CE_HOST_DEVICE LossAndGradient<V> evaluate(V x, V t, const BceArguments& a) {
-  if constexpr (kForm == BceForm::kProbability) {
-    return BceProbability::evaluate(x, t);
-  } else {
-    return FocalLogits::evaluate<kPrecision>(x, t, a.alpha, a.gamma, a.parity);
+struct FloatsSum {
+  Doubles lanes{};
+  FUSED_CE_HOST_DEVICE void add(Floats v) { lanes += __builtin_convertvector(v, Doubles); }
+  FUSED_CE_HOST_DEVICE double total() const {
+    double sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+    return sum;
   }
-}
+};
+template <class Real>
+struct SumOf {
+  using type = Sum;
+};
+template <>
+struct SumOf<float> {
+  using type = FloatsSum;
+};
 
 // kLoss and kGradient say what is wanted; the optional operands are tested once a vector, which
-// costs nothing beside the arithmetic.
+// costs nothing beside the arithmetic. Losses are added up in float64: a few in the vector's own
+// type first.
 template <class Real, BceForm kForm, Precision kPrecision, bool kLoss, bool kGradient>
-double run_block(const Block<Real>& block, const BceArguments& a, Real scale, bool* out_of_range) {
+double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
   using V = typename VectorOf<Real>::type;
   constexpr int kStep = sizeof(V) / sizeof(Real);
-  V sum{};
-  V one = V{} + static_cast<Real>(1);
-  V lowest = one, highest = V{};
-  bool not_a_number = false;
-  for (int i = 0; i < block.count; i += kStep) {
-    V x = load(block.input + i);
-    V t = load(block.target + i);
-    LossAndGradient<V> value;
-    if constexpr (kForm == BceForm::kLogits) {
-      if (block.positive != nullptr) {
-        V negative = one - t, positive = load(block.positive + i) * t;
-        value = BceLogits::evaluate<kPrecision>(x, negative, positive, negative + positive);
+  constexpr int kVectorsPerSum = 8;
+  const FocalOptions<Real> focal = focal_options<Real>(a.focal);
+  const V one = V{} + static_cast<Real>(1);
+  const V factor = V{} + scale;
+  typename SumOf<Real>::type sum;
+  for (int first = 0; first < block.count;) {
+    int last = first + kVectorsPerSum * kStep;
+    if (last > block.count) last = block.count;
+    V few{};
+    for (; first < last; first += kStep) {
+      V x = load(block.input + first);
+      V t = load(block.target + first);
+      LossAndGradient<V> value;
+      if constexpr (kForm == BceForm::kLogits) {
+        V negative = block.negative != nullptr ? load(block.negative + first) : one - t;
+        if (block.positive != nullptr) {
+          V positive = load(block.positive + first) * t;
+          value =
+              BceLogits::evaluate<kPrecision>(x, negative, positive, negative + positive, factor);
+        } else {
+          value = BceLogits::evaluate<kPrecision>(x, negative, t, one, factor);
+        }
       } else {
-        value = BceLogits::evaluate<kPrecision>(x, one - t, t, one);
+        if constexpr (kForm == BceForm::kProbability) {
+          value = BceProbability::evaluate(x, t);
+        } else {
+          value = FocalLogits::evaluate<kPrecision>(x, t, focal);
+        }
+        value.gradient *= factor;
       }
-    } else {
-      value = evaluate<kForm, kPrecision>(x, t, a);
+      V weight = block.weight != nullptr ? load(block.weight + first) : one;
+      if constexpr (kLoss) {
+        V loss = block.weight != nullptr ? value.loss * weight : value.loss;
+        few += loss;
+        if (block.loss != nullptr) store(block.loss + first, loss);
+      }
+      if constexpr (kGradient) {
+        V gradient = value.gradient;
+        if (block.weight != nullptr) gradient *= weight;
+        if (block.upstream != nullptr) gradient *= load(block.upstream + first);
+        store(block.gradient + first, gradient);
+      }
     }
-    if constexpr (kForm == BceForm::kProbability) {
-      lowest = x < lowest ? x : lowest;
-      highest = x > highest ? x : highest;
-      not_a_number |= any(x != x);
-    }
-    V weight = block.weight != nullptr ? load(block.weight + i) : one;
-    if constexpr (kLoss) {
-      V loss = block.weight != nullptr ? value.loss * weight : value.loss;
-      sum += loss;
-      if (block.loss != nullptr) store(block.loss + i, loss);
-    }
-    if constexpr (kGradient) {
-      V gradient = value.gradient * scale;
-      if (block.weight != nullptr) gradient *= weight;
-      if (block.upstream != nullptr) gradient *= load(block.upstream + i);
-      store(block.gradient + i, gradient);
-    }
+    sum.add(few);
   }
-  if constexpr (kForm == BceForm::kProbability) {
-    *out_of_range |=
-        not_a_number || any(lowest < static_cast<Real>(0)) || any(highest > static_cast<Real>(1));
-  }
-  return sum_of(sum);
+  return sum.total();
 }
 
 template <class Real, BceForm kForm, Precision kPrecision>
-double run_block(const Block<Real>& block, const BceArguments& a, Real scale, bool* out_of_range) {
+double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
   if (!a.gradient) {
-    return run_block<Real, kForm, kPrecision, true, false>(block, a, scale, out_of_range);
+    return run_block<Real, kForm, kPrecision, true, false>(block, a, scale);
   }
   if (!a.loss) {
-    return run_block<Real, kForm, kPrecision, false, true>(block, a, scale, out_of_range);
+    return run_block<Real, kForm, kPrecision, false, true>(block, a, scale);
   }
-  return run_block<Real, kForm, kPrecision, true, true>(block, a, scale, out_of_range);
+  return run_block<Real, kForm, kPrecision, true, true>(block, a, scale);
 }
 
 template <class Real, Precision kPrecision>
-double run_block(const Block<Real>& block, const BceArguments& a, Real scale, bool* out_of_range) {
+double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
   switch (a.form) {
     case BceForm::kLogits:
-      return run_block<Real, BceForm::kLogits, kPrecision>(block, a, scale, out_of_range);
+      return run_block<Real, BceForm::kLogits, kPrecision>(block, a, scale);
     case BceForm::kProbability:
-      return run_block<Real, BceForm::kProbability, kPrecision>(block, a, scale, out_of_range);
+      return run_block<Real, BceForm::kProbability, kPrecision>(block, a, scale);
     case BceForm::kFocal:
-      return run_block<Real, BceForm::kFocal, kPrecision>(block, a, scale, out_of_range);
+      return run_block<Real, BceForm::kFocal, kPrecision>(block, a, scale);
   }
   return 0;
 }
 
 template <class Real>
 struct Buffers {
-  alignas(64) Real input[kBlock], target[kBlock], positive[kBlock], weight[kBlock],
-      upstream[kBlock], loss[kBlock], gradient[kBlock];
+  alignas(64) Real input[kBlock], target[kBlock], negative[kBlock], positive[kBlock],
+      weight[kBlock], upstream[kBlock], loss[kBlock], gradient[kBlock];
+  bool ignored[kBlock];
 };
 
-bool is_ignored(const BceArguments& a, double target) {
-  return target == static_cast<double>(a.ignore_index);
+// Which of the targets are ignore_index; they are compared as stored, not as computed with.
+void find_ignored(const BceArguments& a, int64_t begin, int count, bool* ignored /* [count] */) {
+  double targets[kBlock];
+  gather(a.target, a.space, begin, count, targets);
+  double index = static_cast<double>(a.ignore_index);
+  for (int i = 0; i < count; ++i) ignored[i] = targets[i] == index;
 }
 
-// ignore_index and label smoothing change what the loop reads, so that the loop knows neither: an
-// ignored element becomes one of weight 0.
+// Whether every element that is not ignored lies in [0, 1].
 template <class Real>
-void prepare_targets(const BceArguments& a, int count, Buffers<Real>& buffers) {
+bool in_unit_range(const Real* values, const bool* ignored,
+                   int count) {  // [count], [count] or null
+  bool outside = false;
+  for (int i = 0; i < count; ++i) {
+    outside |= !(values[i] >= 0 && values[i] <= 1) && !(ignored != nullptr && ignored[i]);
+  }
+  return !outside;
+}
+
+// Label smoothing and ignore_index change what the loop reads, so that the loop knows neither.
+template <class Real>
+void smooth_targets(const BceArguments& a, int count, Buffers<Real>& buffers) {
+  Real scale = static_cast<Real>(a.target_scale), shift = static_cast<Real>(a.target_shift);
   for (int i = 0; i < count; ++i) {
     Real t = buffers.target[i];
-    bool ignored = a.has_ignore_index && is_ignored(a, static_cast<double>(t));
-    t = t * static_cast<Real>(a.target_scale) + static_cast<Real>(a.target_shift);
-    buffers.target[i] = ignored ? 0 : t;
-    buffers.input[i] = ignored ? 0 : buffers.input[i];
-    buffers.weight[i] = ignored ? 0 : buffers.weight[i];
+    buffers.target[i] = t * scale + shift;
+    buffers.negative[i] = (1 - t) * scale + shift;
+  }
+}
+
+// An ignored element costs nothing whatever it holds: it is computed as one that is finite, with
+// weight 0, and its gradient is cleared afterwards, since the scale may be infinite.
+template <class Real>
+void neutralize_ignored(int count, Buffers<Real>& buffers) {
+  for (int i = 0; i < count; ++i) {
+    if (!buffers.ignored[i]) continue;
+    buffers.input[i] = buffers.target[i] = buffers.weight[i] = 0;
+    buffers.negative[i] = buffers.positive[i] = 1;
   }
 }
 
 template <class Real>
 double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale,
-                 bool* out_of_range) {
+                 unsigned* out_of_range) {
   constexpr int kStep = sizeof(typename VectorOf<Real>::type) / sizeof(Real);
   Buffers<Real> buffers;
-  bool changes_targets = a.has_ignore_index || a.target_shift != 0;
-  double sum = 0;
+  bool smooths = a.target_shift != 0, ignores = a.has_ignore_index;
+  Sum sum;
   for (int64_t at = begin; at < end;) {
     int count = end - at < kBlock ? static_cast<int>(end - at) : kBlock;
     // Whole vectors first; what is left over goes through the buffers, padded with elements of
@@ -164,7 +192,7 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
     bool padded = count < kStep;
     if (!padded) count -= count % kStep;
     int padded_count = padded ? kStep : count;
-    bool through_buffers = padded || changes_targets;
+    bool through_buffers = padded || smooths || ignores;
 
     auto view = [&](const Operand& operand, Real* buffer, Real absent, bool needed) -> const Real* {
       if (!operand && !needed) return nullptr;
@@ -182,14 +210,23 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
     Block<Real> block;
     block.input = view(a.input, buffers.input, 0, true);
     block.target = view(a.target, buffers.target, 0, true);
+    block.negative = view(Operand{}, buffers.negative, 0, smooths);
     block.weight = view(a.weight, buffers.weight, 1, through_buffers);
     block.positive = view(a.pos_weight, buffers.positive, 1, false);
     block.upstream = view(a.upstream, buffers.upstream, 1, false);
-    if (changes_targets) prepare_targets(a, count, buffers);
+    if (ignores) find_ignored(a, at, count, buffers.ignored);
+    if (a.form == BceForm::kProbability) {
+      const bool* ignored = ignores ? buffers.ignored : nullptr;
+      if (!in_unit_range(block.input, ignored, count)) *out_of_range |= kInputOutOfRange;
+      if (!in_unit_range(block.target, ignored, count)) *out_of_range |= kTargetOutOfRange;
+    }
+    if (smooths) smooth_targets(a, count, buffers);
+    if (ignores) neutralize_ignored(count, buffers);
 
     bool stores_loss = a.loss && a.reduction == Reduction::kNone;
-    bool loss_in_place = stores_loss && !padded && lies_flat<Real>(a.loss, a.space);
-    bool gradient_in_place = a.gradient && !padded && lies_flat<Real>(a.gradient, a.space);
+    bool in_place = !padded && !ignores;
+    bool loss_in_place = stores_loss && in_place && lies_flat<Real>(a.loss, a.space);
+    bool gradient_in_place = a.gradient && in_place && lies_flat<Real>(a.gradient, a.space);
     block.loss = loss_in_place ? static_cast<Real*>(a.loss.data) + at
                  : stores_loss ? buffers.loss
                                : nullptr;
@@ -199,9 +236,14 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
 
     Real factor = static_cast<Real>(scale);
     if (a.half_precision) {
-      sum += run_block<Real, Precision::kHalf>(block, a, factor, out_of_range);
+      sum.add(run_block<Real, Precision::kHalf>(block, a, factor));
     } else {
-      sum += run_block<Real, Precision::kFull>(block, a, factor, out_of_range);
+      sum.add(run_block<Real, Precision::kFull>(block, a, factor));
+    }
+    if (ignores && a.gradient) {
+      for (int i = 0; i < count; ++i) {
+        if (buffers.ignored[i]) buffers.gradient[i] = 0;
+      }
     }
     if (stores_loss && !loss_in_place) scatter(buffers.loss, a.loss, a.space, at, count);
     if (a.gradient && !gradient_in_place) {
@@ -209,22 +251,22 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
     }
     at += count;
   }
-  return sum;
+  return sum.total();
 }
 
 double bce_chunk_any(const BceArguments& a, int64_t begin, int64_t end, double scale,
-                     bool* out_of_range) {
+                     unsigned* out_of_range) {
   return a.in_double ? bce_chunk<double>(a, begin, end, scale, out_of_range)
                      : bce_chunk<float>(a, begin, end, scale, out_of_range);
 }
 
 int64_t bce_count_kept(const BceArguments& a, int64_t begin, int64_t end) {
-  double targets[kBlock];
+  bool ignored[kBlock];
   int64_t kept = 0;
   for (int64_t at = begin; at < end; at += kBlock) {
     int count = end - at < kBlock ? static_cast<int>(end - at) : kBlock;
-    gather(a.target, a.space, at, count, targets);
-    for (int i = 0; i < count; ++i) kept += !is_ignored(a, targets[i]);
+    find_ignored(a, at, count, ignored);
+    for (int i = 0; i < count; ++i) kept += !ignored[i];
   }
   return kept;
 }

@@ -8,14 +8,31 @@ namespace fused_ce {
 
 // Elements of one chunk: the unit of work, and of the fixed order of summation.
 constexpr int64_t kChunk = 16384;
+// Chunks a thread takes at least, so that small losses stay on one.
+constexpr int64_t kChunksPerThread = 2;
+
+enum OutOfRange : unsigned { kInputOutOfRange = 1, kTargetOutOfRange = 2 };
+
+// A running sum with the rounding of each addition kept (Knuth's two-sum), so that a sum of many
+// equal losses is as good as one of few.
+struct Sum {
+  double value = 0, error = 0;
+  __attribute__((always_inline)) void add(double x) {
+    double next = value + x;
+    double part = next - value;
+    error += (value - (next - part)) + (x - part);
+    value = next;
+  }
+  __attribute__((always_inline)) double total() const { return value + error; }
+};
 
 struct CpuBodies {
   const char* name;
   // Loss and gradient of elements begin .. end. Returns the chunk's summed loss; `scale` multiplies
-  // each gradient (and each unreduced loss is stored unscaled). Sets *out_of_range on a probability
-  // outside [0, 1].
+  // each gradient (and each unreduced loss is stored unscaled). A probability or its target
+  // outside [0, 1] sets its bit in *out_of_range.
   double (*bce_chunk)(const BceArguments& arguments, int64_t begin, int64_t end, double scale,
-                      bool* out_of_range);
+                      unsigned* out_of_range);
   // How many targets among begin .. end are not ignore_index.
   int64_t (*bce_count_kept)(const BceArguments& arguments, int64_t begin, int64_t end);
   // Multiplies elements begin .. end by `factor`.

@@ -1,0 +1,40 @@
+// Binary cross entropy on CUDA: registers the ops and launches the kernels of bce_kernel.cu.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "../bce_ops.h"
+#include "bce_kernel.h"
+#include "device.h"
+
+namespace fused_ce {
+namespace {
+
+void run_cuda(const BceArguments& a, const Tensor& input) {
+  int32_t device_index = input.get_device_index();
+  STD_TORCH_CHECK(a.space.rank <= kCudaRank, "more than ", kCudaRank,
+                  " dimensions that cannot be merged are not supported on CUDA");
+  DeviceGuard guard(device_index);
+  std::string pending = take_report();
+  if (!pending.empty()) throw std::runtime_error(pending);
+  Report* report = a.form == BceForm::kProbability ? shared_report() : nullptr;
+  BcePlan plan = plan_bce(a, multiprocessors(device_index));
+  std::optional<Tensor> workspace;
+  if (plan.workspace_bytes > 0) {
+    int64_t bytes = static_cast<int64_t>(plan.workspace_bytes), stride = 1;
+    workspace = empty_strided(input, ScalarType::Byte, 1, &bytes, &stride);
+  }
+  launch_bce(a, plan, workspace ? workspace->data_ptr() : nullptr, report,
+             current_stream(device_index));
+  check_launch();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
+  m.impl("_bce", TORCH_BOX(&bce_forward<run_cuda>));
+  m.impl("_bce_backward", TORCH_BOX(&bce_backward<run_cuda>));
+}
+
+}  // namespace fused_ce

@@ -1,0 +1,77 @@
+#include "device.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <mutex>
+
+// Torch's CUDA library has this symbol. A CPU build of torch does not, and must still load the
+// extension.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace fused_ce {
+namespace {
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
+}
+
+std::atomic<Report*> report_memory{nullptr};
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int32_t device_index) : current_(device_index) {
+  check(cudaGetDevice(&previous_));
+  if (previous_ != current_) check(cudaSetDevice(current_));
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ != current_) cudaSetDevice(previous_);
+}
+
+cudaStream_t current_stream(int32_t device_index) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "this torch was built without CUDA");
+  void* stream;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == AOTI_TORCH_SUCCESS,
+                  "cannot get the current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+int multiprocessors(int32_t device_index) {
+  static std::atomic<int> counts[64];
+  if (device_index < 64 && counts[device_index] > 0) return counts[device_index];
+  int count;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index));
+  if (device_index < 64) counts[device_index] = count;
+  return count;
+}
+
+void check_launch() { check(cudaGetLastError()); }
+
+Report* shared_report() {
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (report_memory == nullptr) {
+    void* memory;
+    check(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocMapped | cudaHostAllocPortable));
+    *static_cast<Report*>(memory) = Report{0, false, 0, 0};
+    report_memory = static_cast<Report*>(memory);
+  }
+  return report_memory;
+}
+
+std::string take_report() {
+  Report* report = report_memory;
+  if (report == nullptr) return "";
+  std::atomic_ref<unsigned> state(report->state);
+  if (state.load(std::memory_order_acquire) != 2) return "";
+  std::string message = std::string("all elements of ") + (report->is_target ? "target" : "input") +
+                        " should be between 0 and 1, but element " + std::to_string(report->index) +
+                        " in memory order is " + std::to_string(report->value);
+  state.store(0, std::memory_order_release);
+  return message;
+}
+
+}  // namespace fused_ce

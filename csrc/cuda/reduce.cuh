@@ -1,0 +1,77 @@
+// Sums over a block and over all blocks, in an order that depends on nothing but their number.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_ce {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance >>= 1) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+// The same without moving the value between float and integer registers at each step, which is a
+// noticeable part of what a thread does besides its elements.
+template <int kDistance>
+__device__ __forceinline__ float add_from(float value) {
+  float other;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;"
+               : "=f"(other)
+               : "f"(value), "n"(kDistance));
+  return value + other;
+}
+template <>
+__device__ __forceinline__ float warp_sum(float value) {
+  return add_from<1>(add_from<2>(add_from<4>(add_from<8>(add_from<16>(value)))));
+}
+
+// The sum over the block of each thread's value, in every thread. Sum is the type of the warps'
+// sums.
+template <class Sum, class T>
+__device__ __forceinline__ Sum block_sum(T value) {
+  __shared__ Sum warps[kWarps];
+  T warp = warp_sum(value);
+  __syncthreads();  // an earlier call's reads are over
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = static_cast<Sum>(warp);
+  __syncthreads();
+  Sum sum = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += warps[i];
+  return sum;
+}
+
+// Adds up one value of each thread of the grid. Returns true, with the sum, to every thread of the
+// block that ends last. `ticket` must be 0 before the launch.
+template <class T>
+__device__ __forceinline__ bool grid_sum(T value, double* sums,  // [gridDim.x]
+                                         unsigned* ticket,       // [1]
+                                         double& sum) {
+  __shared__ double warps[kWarps];
+  __shared__ bool is_last;
+  T warp = warp_sum(value);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = static_cast<double>(warp);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double block = 0;
+    for (int i = 0; i < kWarps; ++i) block += warps[i];
+    sums[blockIdx.x] = block;
+    __threadfence();
+    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last) return false;
+  __threadfence();
+  double mine = 0;
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) mine += __ldcg(sums + i);
+  sum = block_sum<double>(mine);
+  return true;
+}
+
+}  // namespace fused_ce
