@@ -64,15 +64,7 @@ inline void merge_dimensions(BceArguments& a) {
 }
 
 template <auto kRun>
-Tensor bce_forward(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                   std::optional<Tensor> pos_weight, std::optional<Tensor> normalizer, int64_t form,
-                   int64_t reduction, ScalarType dtype, double label_smoothing,
-                   std::optional<int64_t> ignore_index, double alpha, double gamma,
-                   std::optional<double> denominator, bool zero_on_empty,
-                   std::optional<Tensor> gradient) {
-  BceArguments a =
-      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
-                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+Tensor run_forward(BceArguments& a, const Tensor& input, ScalarType dtype) {
   bool reduced = a.reduction != Reduction::kNone;
   Tensor loss =
       reduced ? empty_strided(input, dtype, 0, nullptr, nullptr) : empty_like(input, dtype);
@@ -82,10 +74,34 @@ Tensor bce_forward(const Tensor& input, const Tensor& target, std::optional<Tens
   } else {
     set_operand(a.loss, loss, a.space, input, "loss");
   }
-  set_operand(a.gradient, gradient, a.space, input, "gradient");
   merge_dimensions(a);
   kRun(a, input);
   return loss;
+}
+
+template <auto kRun>
+Tensor bce(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+           std::optional<Tensor> pos_weight, std::optional<Tensor> normalizer, int64_t form,
+           int64_t reduction, ScalarType dtype, double label_smoothing,
+           std::optional<int64_t> ignore_index, double alpha, double gamma,
+           std::optional<double> denominator, bool zero_on_empty) {
+  BceArguments a =
+      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
+                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+  return run_forward<kRun>(a, input, dtype);
+}
+
+template <auto kRun>
+Tensor bce_with_gradient(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                         std::optional<Tensor> pos_weight, std::optional<Tensor> normalizer,
+                         int64_t form, int64_t reduction, ScalarType dtype, double label_smoothing,
+                         std::optional<int64_t> ignore_index, double alpha, double gamma,
+                         std::optional<double> denominator, bool zero_on_empty, Tensor gradient) {
+  BceArguments a =
+      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
+                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+  set_operand(a.gradient, gradient, a.space, input, "gradient");
+  return run_forward<kRun>(a, input, dtype);
 }
 
 template <auto kRun>

@@ -301,15 +301,15 @@ struct FocalLogits {
     V ce = wrong_side + log1p_e;
     V ce_gradient = m - e * r;
     ce_gradient = x >= 0.0f ? ce_gradient : -ce_gradient;
-    V mixed = m + n * e;
+    // u = r base, or r e base on the right side of a hard label.
+    V base = m == 0.0f ? n : m + n * e;
     V slope = (negative - t) * r;
-    V u_slope = m == 0.0f ? slope / n : slope * e / mixed;
+    V u_slope = (m == 0.0f ? slope : slope * e) / base;
     V modulation = V{} + 1.0f;
     if (options.gamma != 0.0f) {
-      V log_u = (m == 0.0f ? math::log(math::absolute(n)) - y : math::log(math::absolute(mixed))) -
-                log1p_e;
+      V log_u = math::log(math::absolute(base)) - (m == 0.0f ? y : V{}) - log1p_e;
       modulation = math::exp_negative<kPrecision>(log_u * -options.gamma);
-      modulation = (m == 0.0f ? n : mixed) < 0.0f ? modulation * options.parity : modulation;
+      modulation = base < 0.0f ? modulation * options.parity : modulation;
     }
     V factor = modulation * (options.positive * t + options.negative * negative);
     // At an infinite logit on the wrong side the loss is infinite while u stands still.

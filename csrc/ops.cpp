@@ -10,18 +10,17 @@
 #include "cuda/device.h"
 #endif
 
+#define FUSED_CE_BCE_ARGUMENTS                                                                \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, int " \
+  "form, "                                                                                    \
+  "int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, float alpha, "  \
+  "float gamma, float? denominator, bool zero_on_empty"
+
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   // csrc/{cpu,cuda}/bce.cpp
-  m.def(
-      "_bce(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, "
-      "int form, int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, "
-      "float alpha, float gamma, float? denominator, bool zero_on_empty, Tensor(a!)? gradient) "
-      "-> Tensor");
-  m.def(
-      "_bce_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, Tensor? normalizer, int form, int reduction, ScalarType dtype, "
-      "float label_smoothing, int? ignore_index, float alpha, float gamma, float? denominator, "
-      "bool zero_on_empty, Tensor(a!) gradient) -> ()");
+  m.def("_bce(" FUSED_CE_BCE_ARGUMENTS ") -> Tensor");
+  m.def("_bce_with_gradient(" FUSED_CE_BCE_ARGUMENTS ", Tensor(a!) gradient) -> Tensor");
+  m.def("_bce_backward(Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS ", Tensor(a!) gradient) -> ()");
   // csrc/{cpu,cuda}/scale.cpp
   m.def("_scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_ce import _C, reference  # loading _C registers the ops
 
-OPS = ("_bce", "_bce_backward", "_scale_")
+OPS = ("_bce", "_bce_with_gradient", "_bce_backward", "_scale_")
 DEVICES = ("CPU", "CUDA")
 BACKENDS = ("native", "triton", "reference")
 
@@ -32,10 +32,8 @@ _NATIVE = {
 }
 
 
-def _reference_bce(input: Tensor, *rest: Any) -> Tensor:
+def _reference_bce_with_gradient(input: Tensor, *rest: Any) -> Tensor:
     *options, gradient = rest
-    if gradient is None:
-        return reference.bce(input, *options)
     with torch.enable_grad():
         leaf = input.detach().requires_grad_()
         loss = reference.bce(leaf, *options)
@@ -58,7 +56,8 @@ def _reference_scale_(gradient: Tensor, scale: Tensor) -> None:
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
-    "_bce": _reference_bce,
+    "_bce": reference.bce,
+    "_bce_with_gradient": _reference_bce_with_gradient,
     "_bce_backward": _reference_bce_backward,
     "_scale_": _reference_scale_,
 }
@@ -96,13 +95,6 @@ def _devices_in_use() -> tuple[str, ...]:
     return DEVICES if torch.backends.cuda.is_built() else ("CPU",)
 
 
-# Torch 2.10 lacks the argument, and warns of nothing; later versions warn without it.
-_OVERRIDE = (
-    {"allow_override": True}
-    if "allow_override" in inspect.signature(torch.library.Library.impl).parameters
-    else {}
-)
-
 _serving = {(op, device): "native" for op in OPS for device in DEVICES}
 _forced: str | None = None
 _library: torch.library.Library | None = None
@@ -123,7 +115,9 @@ def _register() -> None:
         if _library is None:
             _library = torch.library.Library("fused_ce", "IMPL")  # noqa: TOR901
         implementation = (_triton_ops() if name == "triton" else _REFERENCE)[op]
-        _library.impl(op, implementation, device, **_OVERRIDE)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            _library.impl(op, implementation, device)
 
 
 def set_backend(name: str | None) -> None:

@@ -1,12 +1,13 @@
 """Binary cross entropy: checks, autograd, and the ops of csrc/{cpu,cuda}/bce.cpp.
 
 A call goes through three steps: the public function reads its arguments into the op's own
-(`_prepare`), `_apply` decides between the op, the op under autograd (`_BCE`), and the composition of
-reference.py that transforms need, and the op runs on the tensors' device.
+(`_prepare`), `_apply` decides between the op, the op under autograd (`_BCE`), and the composition
+of reference.py that transforms need, and the op runs on the tensors' device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _TARGET_DTYPES = _INPUT_DTYPES | {
 }
 
 _bce_op = torch.ops.fused_ce._bce.default
+_bce_with_gradient_op = torch.ops.fused_ce._bce_with_gradient.default
 _bce_backward_op = torch.ops.fused_ce._bce_backward.default
 _scale_op = torch.ops.fused_ce._scale_.default
 
@@ -58,7 +60,7 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits :math:`x` of any shape and strides; float64, float32, float16 or bfloat16.
-        target: :math:`t`, of the input's shape: a float of any value (soft labels), bool or integer.
+        target: :math:`t`, of the input's shape: float of any value (soft labels), bool or integer.
         weight: :math:`w`, broadcast to the input (trailing-aligned, never enlarging it); any dtype.
         size_average, reduce: torch's deprecated switches; they override `reduction`.
         reduction: "none", "mean" (over the number of elements, whatever the weights) or "sum".
@@ -66,8 +68,8 @@ def binary_cross_entropy_with_logits(
         ignore_index: elements whose target equals it cost nothing, get a gradient of zero and are
             not counted by "mean".
         label_smoothing: e in [0, 1]; the target becomes t (1 - e) + e / 2.
-        sample_weight: one more weight, for each row (shape of the input's leading dimensions) or each
-            element; differentiable.
+        sample_weight: one more weight, for each row (shape of the input's leading dimensions) or
+            each element; differentiable.
         normalizer: a number or a one-element tensor that replaces the denominator of "mean".
         on_empty: "nan" or "zero", what a mean over nothing is.
         inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
@@ -76,19 +78,19 @@ def binary_cross_entropy_with_logits(
 
     Returns:
         The loss: of the input's shape for "none", else 0-D. Its dtype is the target's if that is a
-        float, else the input's; float32 under autocast. Arithmetic is float32, or float64 if the input
-        or the loss is float64. Gradients reach input, target, weight, pos_weight and sample_weight.
+        float, else the input's; float32 under autocast. Arithmetic is float32, or float64 if the
+        input or the loss is float64. Gradients reach every tensor argument.
 
     Raises:
         ValueError: target and input differ in shape; unknown reduction or on_empty.
         TypeError: a weight that is no tensor.
-        RuntimeError: a weight that cannot be broadcast; tensors on different devices; label_smoothing
-            outside [0, 1]; `inplace_backward` on a leaf or on overlapping memory.
+        RuntimeError: a weight that cannot be broadcast; tensors on different devices;
+            label_smoothing outside [0, 1]; `inplace_backward` on a leaf or on overlapping memory.
         NotImplementedError: logits or targets of another dtype or layout.
     """
     tensors = (input, target, weight, pos_weight, sample_weight, normalizer)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        overridden: Tensor = handle_torch_function(
             binary_cross_entropy_with_logits,
             tensors,
             input,
@@ -105,6 +107,7 @@ def binary_cross_entropy_with_logits(
             on_empty=on_empty,
             inplace_backward=inplace_backward,
         )
+        return overridden
     code = _reduction_code(reduction, size_average, reduce)
     if target.shape != input.shape:
         raise ValueError(
@@ -174,7 +177,7 @@ def binary_cross_entropy(
     """
     tensors = (input, target, weight, sample_weight, normalizer)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        overridden: Tensor = handle_torch_function(
             binary_cross_entropy,
             tensors,
             input,
@@ -189,26 +192,28 @@ def binary_cross_entropy(
             normalizer=normalizer,
             on_empty=on_empty,
         )
+        return overridden
     code = _reduction_code(reduction, size_average, reduce)
     if target.shape != input.shape:
         raise ValueError(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}) is deprecated. Please ensure they have the same size."
         )
-    if input.dtype != target.dtype and (
-        target.is_floating_point() or not input.is_floating_point()
+    if (
+        input.dtype != target.dtype
+        and (target.is_floating_point() or not input.is_floating_point())
+        and not _is_autocast_enabled(input)
     ):
-        if not _is_autocast_enabled(input):
-            raise RuntimeError(
-                f"Found dtype {_dtype_name(target)} but expected {_dtype_name(input)}"
-            )
+        raise RuntimeError(f"Found dtype {_dtype_name(target)} but expected {_dtype_name(input)}")
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         raise RuntimeError(
             "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
             "rounds to 0 or 1. Use binary_cross_entropy_with_logits or BCEWithLogitsLoss."
         )
     if weight is not None:
-        weight = _checked_weight("binary_cross_entropy(): argument 'weight' (position 3)", weight, input)
+        weight = _checked_weight(
+            "binary_cross_entropy(): argument 'weight' (position 3)", weight, input
+        )
     return _prepare(
         "binary_cross_entropy",
         input,
@@ -240,11 +245,13 @@ def sigmoid_focal_loss(
     on_empty: str = "nan",
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Focal loss of `Lin et al. 2017 <https://arxiv.org/abs/1708.02002>`_ on logits, as `torchvision's
-    function of this name <https://pytorch.org/vision/stable/generated/torchvision.ops.sigmoid_focal_loss.html>`_.
+    r"""Focal loss of `Lin et al. 2017 <https://arxiv.org/abs/1708.02002>`_ on logits, as
+    `torchvision's function of this name
+    <https://pytorch.org/vision/stable/generated/torchvision.ops.sigmoid_focal_loss.html>`_.
 
     .. math::
-        \ell = \alpha_t (1 - p_t)^\gamma \, \mathrm{ce}(x, t), \quad p_t = \sigma(x) t + (1 - \sigma(x)) (1 - t)
+        \ell = \alpha_t (1 - p_t)^\gamma \, \mathrm{ce}(x, t), \quad
+        p_t = \sigma(x)\, t + (1 - \sigma(x)) (1 - t)
 
     Args:
         inputs: logits of any shape and strides.
@@ -256,16 +263,16 @@ def sigmoid_focal_loss(
             :func:`binary_cross_entropy_with_logits`.
 
     Returns:
-        The loss, of the inputs' shape for "none", else 0-D; its dtype is what inputs and float targets
-        promote to, or float32 under autocast. The gradient is finite for every gamma.
+        The loss, of the inputs' shape for "none", else 0-D; its dtype is what inputs and float
+        targets promote to, or float32 under autocast. The gradient is finite for every gamma.
 
     Raises:
-        ValueError: alpha outside [0, 1] that is not -1; negative gamma; unknown reduction; shapes that
-            differ. Otherwise as :func:`binary_cross_entropy_with_logits`.
+        ValueError: alpha outside [0, 1] that is not -1; negative gamma; unknown reduction; shapes
+            that differ. Otherwise as :func:`binary_cross_entropy_with_logits`.
     """
     tensors = (inputs, targets, sample_weight, normalizer)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        overridden: Tensor = handle_torch_function(
             sigmoid_focal_loss,
             tensors,
             inputs,
@@ -280,6 +287,7 @@ def sigmoid_focal_loss(
             on_empty=on_empty,
             inplace_backward=inplace_backward,
         )
+        return overridden
     if not 0 <= alpha <= 1 and alpha != -1:
         raise ValueError(
             f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore."
@@ -329,7 +337,7 @@ def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{argument} must be Tensor, not {type(weight).__name__}")
     shape, full = weight.shape, input.shape
-    if shape != full:
+    if len(shape) != len(full) or shape != full:  # the lengths first: sizes may be symbols
         _check_broadcast(shape, full, "pos_weight" in argument)
     if weight.dtype not in _TARGET_DTYPES:
         raise NotImplementedError(f"{argument} of dtype {weight.dtype} is not supported")
@@ -339,7 +347,7 @@ def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
 
 
 def _check_broadcast(shape: torch.Size, full: torch.Size, swapped: bool) -> None:
-    """Raises torch's errors unless `shape` broadcasts to `full`; torch calls its own operands a, b."""
+    """Raises torch's errors, which call torch's operands a and b, unless `shape` fits `full`."""
     enlarges = len(shape) > len(full)
     for i in range(1, min(len(shape), len(full)) + 1):
         a, b = full[-i], shape[-i]
@@ -353,9 +361,9 @@ def _check_broadcast(shape: torch.Size, full: torch.Size, swapped: bool) -> None
             )
         enlarges = True
     if enlarges:
+        broadcast = torch.broadcast_shapes(shape, full)  # type: ignore[no-untyped-call]
         raise RuntimeError(
-            f"output with shape {list(full)} doesn't match the broadcast shape "
-            f"{list(torch.broadcast_shapes(shape, full))}"
+            f"output with shape {list(full)} doesn't match the broadcast shape {list(broadcast)}"
         )
 
 
@@ -413,7 +421,9 @@ def _prepare(
         kind, wrong = ("input", dtype) if dtype not in _INPUT_DTYPES else ("target", target_dtype)
         raise NotImplementedError(f"{name} is not implemented for {kind} of dtype {wrong}")
     if input.layout is not torch.strided or target.layout is not torch.strided:
-        raise NotImplementedError(f"{name} needs strided tensors, not {input.layout}, {target.layout}")
+        raise NotImplementedError(
+            f"{name} needs strided tensors, not {input.layout}, {target.layout}"
+        )
     if target.device != input.device:
         target = _on_device(target, input)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -460,9 +470,7 @@ def _prepare(
 
 
 def _transforms_active() -> bool:
-    return (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _apply(
@@ -482,16 +490,17 @@ def _apply(
         or (pos_weight is not None and pos_weight.requires_grad)
     )
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
-        return _bce_op(input, target, weight, pos_weight, normalizer, *options, None)  # type: ignore[no-any-return]
-    compiling = torch.compiler.is_compiling()
-    if compiling and others_require_grad:
-        # Dynamo cannot trace the torch.autograd.grad of `_composed`.
-        return reference.bce(input, target, weight, pos_weight, normalizer, *options)
-    if not inplace or not input.requires_grad or compiling:
+        return _bce_op(input, target, weight, pos_weight, normalizer, *options)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        if others_require_grad:
+            # Dynamo cannot trace the torch.autograd.grad of `_composed`.
+            return reference.bce(input, target, weight, pos_weight, normalizer, *options)
         return _BCE.apply(input, target, weight, pos_weight, normalizer, options, None)  # type: ignore[no-any-return,no-untyped-call]
+    if not inplace or not input.requires_grad:
+        return _bce_function(input, target, weight, pos_weight, normalizer, options, None)
     _check_overwritable(input)
     overwritten = _Overwritten(input)
-    loss: Tensor = _BCE.apply(input, target, weight, pos_weight, normalizer, options, overwritten)  # type: ignore[no-untyped-call]
+    loss = _bce_function(input, target, weight, pos_weight, normalizer, options, overwritten)
     _RaiseOnUse.apply(input)  # type: ignore[no-untyped-call]
     overwritten.version = input._version
     return loss
@@ -539,19 +548,19 @@ class _RaiseOnUse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         raise RuntimeError(
-            "the logits of a loss with inplace_backward=True were used again: their memory holds the "
-            "gradient"
+            "the logits of a loss with inplace_backward=True were used again: their memory holds "
+            "the gradient"
         )
 
 
 class _BCE(torch.autograd.Function):
     """`_bce` under autograd.
 
-    For "mean" and "sum" the gradient is written in the forward pass, while the logits are in registers,
-    and backward only scales it; not for float16, whose range cannot hold a gradient before the upstream
-    one (a loss scale) multiplies it, and not under saved-tensor hooks (checkpointing, offloading), which
-    are there to keep nothing. Backward takes that gradient once; a second backward computes it anew, and
-    one with create_graph=True composes it from reference.py.
+    For "mean" and "sum" the gradient is written in the forward pass, while the logits are in
+    registers, and backward only scales it; not for float16, whose range cannot hold a gradient
+    before the upstream one (a loss scale) multiplies it, and not under saved-tensor hooks
+    (checkpointing, offloading), which are there to keep nothing. Backward takes that gradient once;
+    a second backward computes it anew, and create_graph=True composes it from reference.py.
     """
 
     @staticmethod
@@ -573,7 +582,12 @@ class _BCE(torch.autograd.Function):
                 overwritten.holds_gradient = True
             elif compiling or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
                 gradient = torch.empty_like(input)
-        loss: Tensor = _bce_op(input, target, weight, pos_weight, normalizer, *options, gradient)
+        arguments = (input, target, weight, pos_weight, normalizer, *options)
+        loss: Tensor
+        if gradient is None:
+            loss = _bce_op(*arguments)
+        else:
+            loss = _bce_with_gradient_op(*arguments, gradient)
         ctx.options = options
         ctx.overwritten = overwritten
         if compiling:
@@ -604,25 +618,30 @@ class _BCE(torch.autograd.Function):
             overwritten.check()
             if gradient is None and overwritten.holds_gradient:
                 raise RuntimeError(
-                    "Trying to backward through a loss with inplace_backward=True a second time, or "
-                    "for another gradient than the logits': they have been overwritten."
+                    "Trying to backward through a loss with inplace_backward=True a second time, "
+                    "but its logits have been overwritten by the gradient."
                 )
             input = overwritten.logits
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        saved = (input, target, weight, pos_weight, normalizer)
+        # is_grads_batched=True comes with the batched tensors that functorch's replaced elsewhere.
+        batched = (
+            torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+        )
+        if batched or torch.is_grad_enabled():
             if overwritten is not None:
                 raise RuntimeError(
                     "a loss with inplace_backward=True has no second derivative and no batched "
                     "gradient: its logits are overwritten"
                 )
-            grads = _composed(ctx, grad_output, input, target, weight, pos_weight, normalizer)
-            return (*grads, None, None, None)
+            return (*_composed(ctx, grad_output, needs[:4], *saved), None, None, None)
         if any(needs[1:4]):
             if overwritten is not None and overwritten.holds_gradient:
                 raise RuntimeError(
                     "inplace_backward=True with a target or weight that requires grad: the logits "
                     "that its gradient needs are overwritten"
                 )
-            others = _composed(ctx, grad_output, input, target, weight, pos_weight, normalizer)[1:]
+            others = _composed(ctx, grad_output, (False, *needs[1:4]), *saved)[1:]
         if not needs[0]:
             return (None, *others, None, None, None)
         if gradient is not None:
@@ -630,17 +649,21 @@ class _BCE(torch.autograd.Function):
             _scale_op(gradient, grad_output)
         else:
             gradient = torch.empty_like(input) if overwritten is None else input
-            _bce_backward_op(
-                grad_output, input, target, weight, pos_weight, normalizer, *ctx.options, gradient
-            )
+            _bce_backward_op(grad_output, *saved, *ctx.options, gradient)
             if overwritten is not None:
                 overwritten.holds_gradient = True
         return (gradient, *others, None, None, None)
 
 
+# `_BCE.apply` without its layer for functorch's tensors, which `_apply` has sent elsewhere: 1.5 of
+# the 25 microseconds that forward and backward of a small loss take.
+_bce_function: Callable[..., Tensor] = super(torch.autograd.Function, _BCE).apply
+
+
 def _composed(
     ctx: Any,
     grad_output: Tensor,
+    needs: tuple[bool, ...],
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -649,17 +672,14 @@ def _composed(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, target, weight and pos_weight as differentiable torch operations."""
     differentiable = torch.is_grad_enabled()
-    arguments = [input, target, weight, pos_weight]
-    needs = list(ctx.needs_input_grad[:4])
+    arguments: list[Any] = [input, target, weight, pos_weight]
     if not differentiable:
-        # The op gives the input's gradient, except under a transform.
-        needs[0] = needs[0] and torch._C._are_functorch_transforms_active()
         arguments = [
             a if a is None else a.detach().requires_grad_(need)
             for a, need in zip(arguments, needs, strict=True)
         ]
     with torch.enable_grad():
-        loss = reference.bce(*arguments, normalizer, *ctx.options)  # type: ignore[arg-type]
+        loss = reference.bce(*(*arguments, normalizer, *ctx.options))
         wanted = [a for a, need in zip(arguments, needs, strict=True) if need and a is not None]
         found = iter(
             torch.autograd.grad(
@@ -669,7 +689,6 @@ def _composed(
     return tuple(next(found) if need else None for need in needs)
 
 
-@torch.library.register_fake("fused_ce::_bce")
 def _bce_fake(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
     reduction, dtype = rest[4], rest[5]
     if reduction == NONE:
@@ -677,11 +696,7 @@ def _bce_fake(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
     return input.new_empty((), dtype=dtype)
 
 
-@torch.library.register_fake("fused_ce::_bce_backward")
-def _bce_backward_fake(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("fused_ce::_scale_")
-def _scale_fake(gradient: Tensor, scale: Tensor) -> None:
-    return None
+torch.library.register_fake("fused_ce::_bce", _bce_fake)
+torch.library.register_fake("fused_ce::_bce_with_gradient", _bce_fake)
+torch.library.register_fake("fused_ce::_bce_backward", lambda *arguments: None)
+torch.library.register_fake("fused_ce::_scale_", lambda gradient, scale: None)

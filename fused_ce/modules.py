@@ -1,4 +1,4 @@
-"""The losses as modules: subclasses of torch.nn's, so that isinstance, repr and state dicts agree."""
+"""The losses as modules: subclasses of torch.nn's, with their isinstance, repr and state dicts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from fused_ce import bce
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    r"""`torch.nn.BCEWithLogitsLoss <https://pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html>`_
-    in one pass; see :func:`fused_ce.functional.binary_cross_entropy_with_logits` for formula, shapes,
-    dtypes, the keyword-only extras and what is raised.
+    r"""`torch.nn.BCEWithLogitsLoss
+    <https://pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html>`_ in one pass; see
+    :func:`fused_ce.functional.binary_cross_entropy_with_logits` for formula, shapes, dtypes, the
+    keyword-only extras and what is raised.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class BCELoss(nn.BCELoss):
 
 
 class SigmoidFocalLoss(nn.Module):
-    r"""Focal loss (`Lin et al. 2017 <https://arxiv.org/abs/1708.02002>`_) on logits, as a module; see
-    :func:`fused_ce.functional.sigmoid_focal_loss`.
+    r"""Focal loss (`Lin et al. 2017 <https://arxiv.org/abs/1708.02002>`_) on logits, as a module;
+    see :func:`fused_ce.functional.sigmoid_focal_loss`.
     """
 
     def __init__(

@@ -24,9 +24,9 @@ def _times(coefficient: Tensor, x: Tensor, sign: int) -> Tensor:
 def _focal_modulation(x: Tensor, target: Tensor, gamma: float) -> Tensor:
     """u^gamma of u = 1 - p_t, through log u where the target lies in [0, 1], since u may underflow.
 
-    With y = |x| and m, n = 1 - t, t on the side of the logit, u = sigmoid(y) (m + n e^-y), which is
-    sigmoid(-y) (1 + m (e^y - 1)) too: the second is used where m is 0, so that derivatives for x and
-    for t both come out right and finite.
+    With y = |x|, and m = 1 - t where x >= 0, else t, u is sigmoid(y) (m + (1 - m) e^-y), which is
+    sigmoid(-y) (1 + m (e^y - 1)) too: the second is used where m is 0, so that the derivatives for
+    both x and t come out right and finite.
     """
     if gamma == 0:
         return torch.ones_like(x)

@@ -62,7 +62,8 @@ void run_cpu(const BceArguments& a, const Tensor&) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
-  m.impl("_bce", TORCH_BOX(&bce_forward<run_cpu>));
+  m.impl("_bce", TORCH_BOX(&bce<run_cpu>));
+  m.impl("_bce_with_gradient", TORCH_BOX(&bce_with_gradient<run_cpu>));
   m.impl("_bce_backward", TORCH_BOX(&bce_backward<run_cpu>));
 }
 

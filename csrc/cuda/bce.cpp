@@ -33,7 +33,8 @@ void run_cuda(const BceArguments& a, const Tensor& input) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
-  m.impl("_bce", TORCH_BOX(&bce_forward<run_cuda>));
+  m.impl("_bce", TORCH_BOX(&bce<run_cuda>));
+  m.impl("_bce_with_gradient", TORCH_BOX(&bce_with_gradient<run_cuda>));
   m.impl("_bce_backward", TORCH_BOX(&bce_backward<run_cuda>));
 }
 

@@ -25,10 +25,13 @@ struct CudaSpace {
   int64_t numel;
   int rank;
   int64_t sizes[kCudaRank];  // [rank]
+  uint64_t
+      reciprocals[kCudaRank];  // [rank] (2^64 - 1) / size: a kernel multiplies instead of dividing
 };
 
 struct CudaOperand {
-  enum Access : int32_t { kAbsent, kFlat, kScalar, kStrided };
+  // kPeriodic: dense along dimension 0 and broadcast along the others, as a weight for each class is.
+  enum Access : int32_t { kAbsent, kFlat, kScalar, kPeriodic, kStrided };
   void* data;
   Dtype dtype;
   Access access;
@@ -37,23 +40,30 @@ struct CudaOperand {
 };
 
 inline CudaSpace cuda_space(const IndexSpace& space) {
-  CudaSpace result{space.numel, space.rank, {}};
-  for (int d = 0; d < space.rank; ++d) result.sizes[d] = space.sizes[d];
+  CudaSpace result{space.numel, space.rank, {}, {}};
+  for (int d = 0; d < space.rank; ++d) {
+    result.sizes[d] = space.sizes[d];
+    result.reciprocals[d] = space.sizes[d] > 0 ? ~uint64_t{0} / space.sizes[d] : 0;
+  }
   return result;
 }
 
 inline CudaOperand cuda_operand(const Operand& operand, const IndexSpace& space) {
   CudaOperand result{operand.data, operand.dtype, CudaOperand::kAbsent, false, {}};
   if (!operand) return result;
-  bool flat = true, scalar = true;
+  bool flat = true, scalar = true, periodic = operand.strides[0] == 1;
   int64_t expected = 1;
   for (int d = 0; d < space.rank; ++d) {
     result.strides[d] = operand.strides[d];
     flat &= operand.strides[d] == expected;
     scalar &= operand.strides[d] == 0;
+    periodic &= d == 0 || operand.strides[d] == 0;
     expected *= space.sizes[d];
   }
-  result.access = flat ? CudaOperand::kFlat : scalar ? CudaOperand::kScalar : CudaOperand::kStrided;
+  result.access = flat       ? CudaOperand::kFlat
+                  : scalar   ? CudaOperand::kScalar
+                  : periodic ? CudaOperand::kPeriodic
+                             : CudaOperand::kStrided;
   result.aligned = reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
   return result;
 }
@@ -196,14 +206,12 @@ __device__ __forceinline__ int64_t offset_of(const CudaOperand& operand, const C
   int last = space.rank - 1;
 #pragma unroll 1
   for (int d = 0; d < last; ++d) {
-    int64_t size = space.sizes[d];
-    // A 64-bit division takes several times as long as a 32-bit one.
-    int64_t quotient =
-        (index | size) >> 31 == 0
-            ? static_cast<int64_t>(static_cast<uint32_t>(index) / static_cast<uint32_t>(size))
-            : index / size;
-    offset += (index - quotient * size) * operand.strides[d];
-    index = quotient;
+    // The estimate is the quotient or one less.
+    int64_t quotient = static_cast<int64_t>(__umul64hi(index, space.reciprocals[d]));
+    int64_t remainder = index - quotient * space.sizes[d];
+    bool is_less = remainder >= space.sizes[d];
+    offset += (is_less ? remainder - space.sizes[d] : remainder) * operand.strides[d];
+    index = is_less ? quotient + 1 : quotient;
   }
   return offset + index * operand.strides[last];
 }

@@ -1,0 +1,47 @@
+"""The standard cases of binary cross entropy: `python benchmarks/bench_bce.py --plot bce.png`."""
+
+import argparse
+import sys
+
+from fused_ce.bench.command import add_options, run
+from fused_ce.bench.rows import PASSES, rows
+
+# (case, dtype, size)
+CASES = [
+    # Smaller than a tensor's own overhead: what a call costs.
+    ("plain", "float32", "4"),
+    ("plain", "float32", "1000"),
+    # One batch of a classifier, in the caches.
+    ("plain", "float32", "10000"),
+    ("plain", "float32", "1000000"),
+    ("plain", "bfloat16", "1000000"),
+    ("inplace", "float32", "1000000"),
+    ("bool", "float32", "1000000"),
+    # Beyond every cache: what memory allows.
+    ("plain", "float32", "64Mi"),
+    ("plain", "bfloat16", "64Mi"),
+    ("pos_weight", "float32", "64Mi"),
+    ("weight", "float32", "64Mi"),
+    ("bool", "float32", "64Mi"),
+    ("bool", "bfloat16", "64Mi"),
+    ("inplace", "float32", "64Mi"),
+    ("inplace", "bfloat16", "64Mi"),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser, "bce")
+    options = parser.parse_args()
+    return run(
+        (
+            row
+            for case, dtype, size in CASES
+            for row in rows("bce", [case], [dtype], [size], PASSES, options.device)
+        ),
+        options,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

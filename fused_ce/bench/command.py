@@ -1,0 +1,137 @@
+"""The options of `bench`, and the run from rows to reports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_ce.bench.losses import LOSSES
+from fused_ce.bench.measure import TOLERANCE, Record, WrongResultError, copy_bandwidth, measure
+from fused_ce.bench.rows import PASSES, Row, parse_size, rows
+
+
+def add_loss(parser: argparse.ArgumentParser, name: str) -> None:
+    loss = LOSSES[name]
+
+    def chosen(options: argparse.Namespace) -> int:
+        fields = options.case, options.dtype, options.size, options.passes, options.device
+        return run(rows(name, *fields), options)
+
+    parser.set_defaults(run=chosen)
+    parser.add_argument("--case", **_list("case", loss.cases), default="plain")
+    parser.add_argument("--dtype", **_list("dtype", TOLERANCE), default="float32")
+    parser.add_argument("--size", type=_sizes, default=loss.sizes, help="list of sizes")
+    parser.add_argument("--pass", dest="passes", **_list("pass", PASSES), default="forward,both")
+    add_options(parser, name)
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options that a fixed list of rows shares with `bench`."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--against", **_list("rival", LOSSES[name].rivals), default="eager,compile")
+    parser.add_argument("--threads", type=_positive, help="on the CPU; None: as torch chooses")
+    parser.add_argument("--repeats", type=_positive, default=20, help="samples, at least")
+    parser.add_argument(
+        "--seconds", type=float, default=2, help="of wall time for each contender, at least"
+    )
+    parser.add_argument("--plot", type=_file, metavar="PNG", help="file of bars of the ratios")
+    parser.add_argument("--csv", type=_file, metavar="CSV", help="file of one line per contender")
+    parser.add_argument("--json", type=_file, metavar="JSON", help="the same, and the machine")
+
+
+def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
+    try:
+        from fused_ce.bench import report
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in ("rich", "matplotlib"):
+            raise
+        print(f"bench needs {package}: pip install fused-ce[bench]", file=sys.stderr)
+        return 2
+    # Inductor's worker processes would take cores from what is being timed.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device != "cpu":
+        torch.cuda.set_device(torch.device(options.device).index or 0)
+    todo = list(chosen)
+    if not todo:
+        print("nothing to measure: inplace has no forward pass of its own", file=sys.stderr)
+        return 2
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    copy = copy_bandwidth(options.device)
+    about = report.circumstances(options.device, copy, load)
+    records: list[Record] = []
+    with report.progress() as bar:
+        task = bar.add_task("", total=len(todo))
+        for row in todo:
+            bar.update(task, description=f"{row.case} {row.passes} {row.dtype} {row.size}")
+            try:
+                records += measure(row, options.against, options.repeats, options.seconds, copy)
+            except WrongResultError as error:
+                print(error, file=sys.stderr)
+                return 1
+            bar.advance(task)
+    report.show(records, about)
+    if options.csv:
+        report.write_csv(records, options.csv)
+    if options.json:
+        report.write_json(records, about, options.json)
+    if options.plot:
+        report.write_plot(records, about, options.plot)
+    return 0
+
+
+def _list(kind: str, known: Collection[str]) -> dict[str, Any]:
+    """What argparse needs for a comma-separated list of known names."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"unknown {kind} {name!r} (choose from {', '.join(known)})"
+                )
+        return chosen
+
+    return {"type": parse, "metavar": kind.upper(), "help": f"list of {', '.join(known)}"}
+
+
+def _sizes(text: str) -> list[str]:
+    chosen = text.split(",")
+    try:
+        for size in chosen:
+            parse_size(size)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return chosen
+
+
+def _device(text: str) -> str:
+    kind = text.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r} (choose from cpu, cuda)")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no CUDA device here")
+    return text
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.absolute().parent.is_dir():  # said now rather than after the last row
+        raise argparse.ArgumentTypeError(f"no such directory: {path.parent}")
+    return path
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number

@@ -1,0 +1,566 @@
+"""Binary cross entropy in Triton: the ops of csrc/ops.cpp, loss and gradient in one pass.
+
+Reading order: the formulas (one helper per form), the kernels, then the ops that launch them.
+mean and sum cost two launches: `_elements` leaves one partial sum per program, `_finish` adds them
+up in a fixed order, so equal inputs give equal bits. The gradient of a mean over the elements that
+are not ignored needs their number before its first element is written: `_count` goes ahead.
+"""
+
+# Kernels are typed by Triton, not by annotations, and write compile-time arguments in capitals.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: N803
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOGITS = tl.constexpr(0)
+PROBABILITY = tl.constexpr(1)
+NONE, MEAN = 0, 1  # reductions
+
+BLOCK = 1024  # elements a program handles at a time: 8 a thread, 16 bytes of a half dtype
+PROGRAMS = 4096  # at most; their partial sums are one block of the finishing kernel
+COUNTERS = 1024  # at most; every program that writes gradients adds up what `_count` counted
+
+
+# -- formulas: in float32 or float64, whichever dtype the arguments have ---------------------------
+
+
+@triton.jit
+def _exp_minus(y):
+    """exp(-y) for y >= 0. tl.exp rounds y * log2(e) in float32, which costs up to y ulp."""
+    if y.dtype == tl.float64:
+        return tl.exp(-y)
+    else:
+        y = tl.minimum(y, 110.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-110) is 0 in float32
+        shifted = 12582912.0 - y * 1.4426950408889634  # + 1.5 * 2^23: the last bits count integers
+        n = shifted - 12582912.0  # exp(-y) = 2^n * exp(rest)
+        rest = (-y - n * 0.693145751953125) - n * 1.4286068203094e-06  # the first is exact
+        p = 0.0013836755258  # exp on -log(2)/2 .. log(2)/2, minimax: relative error 2e-9
+        p = p * rest + 0.00837489808854
+        p = p * rest + 0.0416682315564
+        p = p * rest + 0.166664191951
+        p = p * rest + 0.499999920334
+        p = p * rest + 1.00000003654
+        p = p * rest + 1.0
+        bits = (shifted.to(tl.int32, bitcast=True) << 23) + 0x5F800000
+        power = bits.to(tl.float32, bitcast=True)  # 2^(n + 64), so that no n underflows
+        return p * power * 5.421010862427522e-20  # 2^-64
+
+
+@triton.jit
+def _log(v, c):
+    """log(v + c), c being what rounding v lost: precise next to v = 1, where tl.log is not."""
+    if v.dtype == tl.float64:
+        return tl.log(v) + tl.where(c == 0.0, 0.0, c / v)
+    else:
+        k = (v.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23  # v / 2^k is in sqrt(1/2) .. sqrt(2)
+        power = ((127 - k) << 23).to(tl.float32, bitcast=True)  # 2^-k
+        f = (v * power - 1.0) + c * power
+        p = -0.078598422185  # log(1 + f) = f - f^2 / 2 + f^3 p(f), minimax: relative error 6e-9
+        p = p * f + 0.128817256184
+        p = p * f - 0.13128709817
+        p = p * f + 0.141811804401
+        p = p * f - 0.166245572372
+        p = p * f + 0.200022867143
+        p = p * f - 0.250008103241
+        p = p * f + 0.333333167225
+        k = k.to(tl.float32)
+        log = k * 0.693145751953125 + (k * 1.4286068203094e-06 + (f - f * f * (0.5 - f * p)))
+        return tl.where(v < 1.1754943508222875e-38, tl.log(v), log)  # 0, subnormal, negative
+
+
+@triton.jit
+def _parts(x):
+    """y = |x|, e = exp(-y), r = 1 / (1 + e) and log1p(e): all that the formulas of a logit need."""
+    y = tl.abs(x)
+    e = _exp_minus(y)
+    d = 1.0 + e
+    r = 1.0 / d
+    if x.dtype == tl.float64:
+        log1p = tl.log(d) + (e - (d - 1.0)) * r
+    else:
+        r += r * ((1.0 - r) - e * r)  # the division is approximate in float32, and d is rounded
+        p = -0.00325637847955  # log1p(e) = e + e^2 p(e) on 0 .. 1, minimax: relative error 9e-9
+        p = p * e + 0.0200345166107
+        p = p * e - 0.0575786435285
+        p = p * e + 0.1069882282
+        p = p * e - 0.153843851882
+        p = p * e + 0.197126676023
+        p = p * e - 0.249635297753
+        p = p * e + 0.333311536702
+        p = p * e - 0.499999605332
+        log1p = e + e * e * p
+    return y, e, r, log1p
+
+
+@triton.jit
+def _logits(x, a, b, ab, y, e, r, log1p):
+    """-b log(sigmoid(x)) - a log(1 - sigmoid(x)) and its derivative; ab = a + b."""
+    m = tl.where(x >= 0.0, a, b)
+    loss = m * tl.where(m == 0.0, 0.0, y) + ab * log1p  # not 0 * inf for an infinite logit
+    slope = m - ab * e * r
+    return loss, tl.where(x >= 0.0, slope, -slope)
+
+
+@triton.jit
+def _probability(p, a, t):
+    """-t log(p) - a log(1 - p), both logs clamped at -100, and torch's derivative."""
+    p = tl.where((p >= 0.0) & (p <= 1.0), p, float("nan"))  # raising would take a sync
+    q = 1.0 - p
+    log_p = _log(p, tl.zeros_like(p))
+    log_q = _log(q, (1.0 - q) - p)
+    log_p = tl.where(log_p < -100.0, -100.0, log_p)  # not tl.maximum, which drops NaN
+    log_q = tl.where(log_q < -100.0, -100.0, log_q)
+    variance = p * q
+    variance = tl.where(variance < 1e-12, 1e-12, variance)
+    return -(t * log_p + a * log_q), (p - t) / variance
+
+
+@triton.jit
+def _focal(x, a, t, alpha, gamma, parity, POWER: tl.constexpr):
+    """alpha_t * u^gamma * cross entropy, u = 1 - p_t, and its derivative. POWER is a small whole
+    gamma or -1.
+    """
+    y, e, r, log1p = _parts(x)
+    loss, slope = _logits(x, a, t, 1.0, y, e, r, log1p)
+    m = tl.where(x >= 0.0, a, t)
+    n = tl.where(x >= 0.0, t, a)
+    v = m + n * e  # u = r * v
+    if POWER == 0:
+        modulation = 1.0
+        modulation_slope = 0.0
+    elif POWER > 0:
+        u = r * v
+        lower = 1.0  # u^(gamma - 1)
+        for _ in tl.static_range(POWER - 1):
+            lower *= u
+        modulation = lower * u
+        modulation_slope = POWER * lower * (a - t) * e * r * r
+    else:
+        # by logarithms, and e apart from n: u may underflow. u < 0 takes a target outside 0 .. 1.
+        only_n = m == 0.0
+        log_v = _log(tl.abs(tl.where(only_n, n, v)), tl.zeros_like(v)) - tl.where(only_n, y, 0.0)
+        log_u = log_v - log1p
+        modulation = tl.exp(gamma * log_u) * tl.where(v < 0.0, parity, 1.0)
+        modulation_slope = gamma * modulation * (a - t) * r * tl.where(only_n, 1.0 / n, e / v)
+    alpha_t = tl.where(alpha >= 0.0, alpha * t + (1.0 - alpha) * a, 1.0)
+    return alpha_t * modulation * loss, alpha_t * (modulation * slope + loss * modulation_slope)
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+# An operand is a pair: a tensor and its strides, innermost dimension first; None is a stride of 0,
+# and a scalar has no strides at all. `sizes` are those of all dimensions but the outermost: nothing
+# to divide by where there is just one.
+
+
+@triton.jit
+def _indices(i, iterations, ALIGNED: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """The elements, counted in memory order, of this program's i-th block."""
+    block = tl.program_id(0).to(INDEX) * iterations + i
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    if not ALIGNED:  # an end amid 16 bytes: a thread takes single elements, its neighbour the next
+        index = tl.multiple_of(index, 1)
+    return index
+
+
+@triton.jit
+def _pointers(operand, index, sizes):
+    offset = tl.zeros_like(index)
+    for d in tl.static_range(len(operand[1])):
+        if d + 1 < len(operand[1]):
+            size = sizes[d].to(index.dtype)
+            coordinate = index % size
+            index = index // size
+        else:
+            coordinate = index
+        if operand[1][d] is not None:
+            offset += coordinate * operand[1][d]
+    return operand[0] + offset
+
+
+@triton.jit
+def _load(operand, index, sizes, mask):
+    if len(operand[1]) == 0:
+        return tl.load(operand[0])
+    else:
+        return tl.load(_pointers(operand, index, sizes), mask=mask, other=0)
+
+
+@triton.jit
+def _cast(value, dtype: tl.constexpr):
+    if dtype != tl.float64:
+        value = value.to(tl.float32)  # float64 to bfloat16 is no single conversion
+    return value.to(dtype)
+
+
+@triton.jit
+def _store(operand, index, sizes, mask, value):
+    tl.store(_pointers(operand, index, sizes), _cast(value, operand[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _divisor(counts, counters, normalizer, denominator, LENGTH: tl.constexpr):
+    """What a mean divides by: the sum of counts, a number on the device or an argument."""
+    if counts is not None:
+        lanes = tl.arange(0, LENGTH)
+        partial = tl.load(counts + lanes, mask=lanes < counters, other=0)
+        return tl.sum(partial.to(tl.int64)).to(tl.float64)
+    elif normalizer is not None:
+        return tl.load(normalizer).to(tl.float64)
+    else:
+        return tl.full([], denominator, tl.float64)
+
+
+@triton.jit
+def _is_kept(target, ignore_index):
+    if target.dtype.is_floating() and target.dtype != tl.float64:
+        narrow = ignore_index.to(tl.float32)
+        exact = narrow.to(tl.float64) == ignore_index.to(tl.float64)
+        return target.to(tl.float32) != tl.where(exact, narrow, float("nan"))  # NaN equals nothing
+    else:
+        return target != ignore_index
+
+
+@triton.jit(do_not_specialize=["iterations", "ignore_index"])
+def _count(
+    target,
+    counts,
+    numel,
+    iterations,
+    sizes,
+    ignore_index,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """counts[program] = how many of this program's targets are not ignored."""
+    kept = tl.zeros([BLOCK], tl.int32)
+    for i in range(iterations):
+        index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
+        mask = index < numel
+        t = _load(target, index, sizes, mask)
+        kept += (mask & _is_kept(t, ignore_index)).to(tl.int32)
+    tl.store(counts + tl.program_id(0), tl.sum(kept))
+
+
+@triton.jit(do_not_specialize=["iterations", "counters", "ignore_index"])
+def _elements(
+    input,
+    target,
+    weight,  # operand or None
+    pos_weight,  # operand or None
+    upstream,  # operand or None: what the gradient is multiplied by
+    gradient,  # operand or None: written; may be the input itself
+    loss,  # operand or None: written, one loss per element
+    sums,  # [programs] or None: written, one partial sum per program
+    counts,  # [counters] or None: elements that are not ignored; read for a gradient, else written
+    counters,
+    normalizer,
+    denominator: tl.float64,
+    numel,
+    iterations,
+    sizes,
+    label_smoothing: tl.float64,
+    ignore_index,
+    alpha: tl.float64,
+    gamma: tl.float64,
+    parity: tl.float64,
+    FORM: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    POWER: tl.constexpr,
+    ZERO_ON_EMPTY: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    smoothing = tl.full([], label_smoothing, COMPUTE)
+    if gradient is not None:
+        divisor = _divisor(counts, counters, normalizer, denominator, COUNTERS)
+        scale = (1.0 / divisor).to(COMPUTE)
+    total = tl.zeros([BLOCK], COMPUTE)
+    kept = tl.zeros([BLOCK], tl.int32)
+    for i in range(iterations):
+        index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
+        mask = index < numel
+        x = _load(input, index, sizes, mask).to(COMPUTE)
+        t = _load(target, index, sizes, mask)
+        keep = mask
+        if ignore_index is not None:
+            keep = mask & _is_kept(t, ignore_index)
+        t = t.to(COMPUTE)
+        a = 1.0 - t
+        if SMOOTH:
+            a = a * (1.0 - smoothing) + 0.5 * smoothing
+            t = t * (1.0 - smoothing) + 0.5 * smoothing
+        if FORM == LOGITS:
+            y, e, r, log1p = _parts(x)
+            if pos_weight is None:
+                value, slope = _logits(x, a, t, 1.0, y, e, r, log1p)
+            else:
+                b = _load(pos_weight, index, sizes, mask).to(COMPUTE) * t
+                value, slope = _logits(x, a, b, a + b, y, e, r, log1p)
+        elif FORM == PROBABILITY:
+            value, slope = _probability(x, a, t)
+        else:
+            value, slope = _focal(
+                x,
+                a,
+                t,
+                tl.full([], alpha, COMPUTE),
+                tl.full([], gamma, COMPUTE),
+                tl.full([], parity, COMPUTE),
+                POWER,
+            )
+        if weight is not None:
+            w = _load(weight, index, sizes, mask).to(COMPUTE)
+            value *= w
+            slope *= w
+        value = tl.where(keep, value, 0.0)
+        if loss is not None:
+            _store(loss, index, sizes, mask, value)
+        if sums is not None:
+            total += value
+        if gradient is None:
+            kept += keep.to(tl.int32)
+        else:
+            slope *= scale
+            if upstream is not None:
+                slope *= _load(upstream, index, sizes, mask).to(COMPUTE)
+            if ignore_index is not None:
+                slope = tl.where(keep, slope, 0.0)
+            if ZERO_ON_EMPTY:
+                slope = tl.where(divisor != 0.0, slope, 0.0)
+            _store(gradient, index, sizes, mask, slope)
+    if sums is not None:
+        tl.store(sums + program, tl.sum(total))
+    if counts is not None and gradient is None:
+        tl.store(counts + program, tl.sum(kept))
+
+
+@triton.jit(do_not_specialize=["programs", "counters"])
+def _finish(
+    result,
+    sums,
+    programs,
+    counts,
+    counters,
+    normalizer,
+    denominator: tl.float64,
+    ZERO_ON_EMPTY: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """result = sum / divisor, by one program: float64, in the same order every time."""
+    lanes = tl.arange(0, PROGRAMS)
+    total = tl.sum(tl.load(sums + lanes, mask=lanes < programs, other=0.0).to(tl.float64))
+    divisor = _divisor(counts, counters, normalizer, denominator, PROGRAMS)
+    value = total / divisor
+    if ZERO_ON_EMPTY:
+        value = tl.where(divisor == 0.0, 0.0, value)
+    tl.store(result, _cast(value, result.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["iterations"])
+def _scale(
+    gradient,
+    scale,
+    numel,
+    iterations,
+    sizes,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gradient *= scale; reads only the scalar if that is 1, as it mostly is."""
+    factor = tl.load(scale).to(COMPUTE)
+    if factor != 1.0:
+        for i in range(iterations):
+            index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
+            mask = index < numel
+            value = _load(gradient, index, sizes, mask).to(COMPUTE) * factor
+            _store(gradient, index, sizes, mask, value)
+
+
+# -- launches --------------------------------------------------------------------------------------
+
+Strides = tuple[int | None, ...]
+
+
+@lru_cache(maxsize=1024)
+def _collapse(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], tuple[Strides, ...], Any]:
+    """The fewest dimensions that hold for all operands, in the memory order of the first.
+
+    Returns what the kernels take: sizes, each operand's strides, and the type of an index.
+    """
+    order = sorted(
+        (d for d in range(len(shape)) if shape[d] != 1), key=lambda d: [s[d] for s in strides]
+    )
+    sizes: list[int] = []
+    steps: list[list[int]] = []  # [dimension][operand]
+    for d in order:
+        step = [s[d] for s in strides]
+        if sizes and step == [inner * sizes[-1] for inner in steps[-1]]:
+            sizes[-1] *= shape[d]
+        else:
+            sizes.append(shape[d])
+            steps.append(step)
+    if not sizes:  # a single element
+        sizes, steps = [1], [[1] * len(strides)]
+    by_operand = list(zip(*steps, strict=True))
+    farthest = [sum((n - 1) * step for n, step in zip(sizes, s, strict=True)) for s in by_operand]
+    index = tl.uint32 if max(math.prod(sizes), *farthest) < 2**31 else tl.uint64
+    simple = tuple(tuple(step or None for step in s) if any(s) else () for s in by_operand)
+    return tuple(sizes[:-1]), simple, index
+
+
+def _operands(
+    shape: torch.Size, tensors: list[Tensor | None]
+) -> tuple[list[tuple[Tensor, Strides] | None], tuple[int, ...], dict[str, Any]]:
+    """What the kernels take for `tensors`, broadcast to `shape`; sizes; how to index elements."""
+    views = [None if t is None else t.expand(shape) for t in tensors]
+    present = [v for v in views if v is not None]
+    sizes, strides, index = _collapse(tuple(shape), tuple(v.stride() for v in present))
+    operands = iter([(_readable(v), s) for v, s in zip(present, strides, strict=True)])
+    indexing = {"ALIGNED": shape.numel() % 16 == 0, "INDEX": index, "BLOCK": BLOCK}
+    return [None if v is None else next(operands) for v in views], sizes, indexing
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Triton has no bool in memory; its bytes are the numbers 0 and 1."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def _grid(numel: int, limit: int) -> tuple[int, int]:
+    """How many programs, and how many blocks each."""
+    blocks = triton.cdiv(numel, BLOCK)
+    iterations = max(1, triton.cdiv(blocks, limit))
+    return triton.cdiv(blocks, iterations), iterations
+
+
+def _run(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    normalizer: Tensor | None,
+    form: int,
+    reduction: int,
+    dtype: torch.dtype,
+    label_smoothing: float,
+    ignore_index: int | None,
+    alpha: float,
+    gamma: float,
+    denominator: float | None,
+    zero_on_empty: bool,
+    gradient: Tensor | None = None,
+) -> Tensor | None:
+    """Fills `gradient`, if given; returns the loss, unless there is a `grad_output`."""
+    compute = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32
+    numel = input.numel()
+    programs, iterations = counters, count_iterations = _grid(numel, PROGRAMS)
+    elements = result = sums = counts = None
+    if grad_output is None and reduction == NONE:
+        elements = torch.empty_like(input, dtype=dtype)
+    elif grad_output is None:
+        result = input.new_empty((), dtype=dtype)
+        sums = input.new_empty(programs, dtype=compute)
+    if reduction != MEAN:
+        normalizer, denominator = None, 1.0
+    elif normalizer is not None:
+        normalizer = _readable(normalizer)
+    elif denominator is None and ignore_index is None:
+        denominator = numel
+    elif denominator is None:
+        if gradient is not None:
+            counters, count_iterations = _grid(numel, COUNTERS)
+        counts = input.new_empty(counters, dtype=torch.int32)
+    mean = {
+        "counts": counts,
+        "counters": counters,
+        "normalizer": normalizer,
+        "denominator": float(denominator or 0.0),
+        "ZERO_ON_EMPTY": zero_on_empty,
+    }
+    (out_gradient, out_loss, x, t, *factors), sizes, indexing = _operands(
+        input.shape, [gradient, elements, input, target, weight, pos_weight, grad_output]
+    )
+    with torch.cuda.device_of(input):
+        if numel and counts is not None and gradient is not None:
+            _count[(counters,)](t, counts, numel, count_iterations, sizes, ignore_index, **indexing)
+        if numel:
+            _elements[(programs,)](
+                x,
+                t,
+                *factors,
+                out_gradient,
+                out_loss,
+                sums,
+                numel=numel,
+                iterations=iterations,
+                sizes=sizes,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+                alpha=alpha,
+                gamma=gamma,
+                parity=1.0 - 2.0 * (gamma % 2) if gamma % 1 == 0 else math.nan,
+                FORM=form,
+                SMOOTH=label_smoothing != 0,
+                POWER=int(gamma) if gamma in range(9) else -1,
+                COUNTERS=COUNTERS,
+                COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
+                **mean,
+                **indexing,
+            )
+        if result is not None:
+            _finish[(1,)](result, sums, programs, PROGRAMS=PROGRAMS, num_warps=8, **mean)
+    return elements if result is None else result
+
+
+def bce(*arguments: Any) -> Tensor | None:
+    """The ops `_bce` and, with a gradient to fill, `_bce_with_gradient`."""
+    return _run(None, *arguments)
+
+
+def bce_backward(grad_output: Tensor, *arguments: Any) -> None:
+    """The op `_bce_backward`."""
+    _run(grad_output, *arguments)
+
+
+def scale_(gradient: Tensor, scale: Tensor) -> None:
+    """The op `_scale_`."""
+    numel = gradient.numel()
+    programs, iterations = _grid(numel, PROGRAMS)
+    (operand,), sizes, indexing = _operands(gradient.shape, [gradient])
+    if numel:
+        with torch.cuda.device_of(gradient):
+            _scale[(programs,)](
+                operand,
+                _readable(scale),
+                numel,
+                iterations,
+                sizes,
+                COMPUTE=tl.float64 if gradient.dtype == torch.float64 else tl.float32,
+                **indexing,
+            )
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "_bce": bce,
+    "_bce_with_gradient": bce,
+    "_bce_backward": bce_backward,
+    "_scale_": scale_,
+}

@@ -1,0 +1,535 @@
+"""What is refused, with torch's exception and message wherever torch refuses it too."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import FOCAL, FORMS, LOGITS, PROBABILITY, REDUCTIONS, Form, form_id, make_input, run
+from torch import Tensor, nn
+
+import fused_ce
+
+bce_with_logits = LOGITS.ours
+bce = PROBABILITY.ours
+focal = FOCAL.ours
+
+each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
+
+X = torch.rand(4, 5)
+COMPLEX = torch.complex64
+with warnings.catch_warnings():  # torch calls the one deprecated and the other a beta
+    warnings.simplefilter("ignore")
+    QUANTIZED = torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)
+    COMPRESSED = X.to_sparse_csr()
+
+
+def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is the question
+        function(*args, **kwargs)
+    return caught.value
+
+
+def moved(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+# (form, input, target, options): torch's type and message, word for word
+SAME_MESSAGE = {
+    "target of another shape": (LOGITS, torch.rand(3, 1), torch.rand(3), {}),
+    "target of another shape, probabilities": (PROBABILITY, torch.rand(3, 1), torch.rand(3), {}),
+    "0-D and one element": (LOGITS, torch.rand(()), torch.rand(1), {}),
+    "weight a list": (LOGITS, X, X, {"weight": [1.0]}),
+    "weight a number": (LOGITS, X, X, {"weight": 2.0}),
+    "pos_weight a number": (LOGITS, X, X, {"pos_weight": 2.0}),
+    "weight enlarges": (LOGITS, X, X, {"weight": torch.rand(7, 4, 5)}),
+    "weight enlarges rows": (LOGITS, X[:1], X[:1], {"weight": X}),
+    "weight has a dimension more": (LOGITS, X, X, {"weight": torch.rand(1, 4, 5)}),
+    "weight enlarges, probabilities": (PROBABILITY, X, X, {"weight": torch.rand(7, 4, 5)}),
+    "pos_weight enlarges": (LOGITS, X, X, {"pos_weight": torch.rand(7, 4, 5)}),
+    "weight of another size": (LOGITS, X, X, {"weight": torch.rand(3)}),
+    "pos_weight of another size": (LOGITS, X, X, {"pos_weight": torch.rand(3)}),
+    "weight of another size and rank": (LOGITS, X, X, {"weight": torch.rand(7, 4, 3)}),
+    # (C,) on NCHW broadcasts along the width; (C, 1, 1) is right
+    "pos_weight of channels": (
+        LOGITS,
+        torch.rand(2, 3, 4, 4),
+        torch.rand(2, 3, 4, 4),
+        {"pos_weight": torch.rand(3)},
+    ),
+    "unknown reduction": (LOGITS, X, X, {"reduction": "foo"}),
+    "unknown reduction, probabilities": (PROBABILITY, X, X, {"reduction": "foo"}),
+    "probabilities of a half target": (PROBABILITY, X, X.half(), {}),
+    "probabilities of a double target": (PROBABILITY, X, X.double(), {}),
+    "double probabilities": (PROBABILITY, X.double(), X, {}),
+    "integer probabilities": (PROBABILITY, X.long(), X, {}),
+    "complex probabilities": (PROBABILITY, X.to(COMPLEX), X, {}),
+}
+
+# torch's exception; the message names an internal function of torch's, or another device
+SAME_TYPE = {
+    "integer logits": (LOGITS, X.long(), X, {}),
+    "bool logits": (LOGITS, X > 0, X, {}),
+    "float8 logits": (LOGITS, X.to(torch.float8_e4m3fn), X, {}),
+    "complex logits": (LOGITS, X.to(COMPLEX), X, {}),
+    "complex logits and target": (LOGITS, X.to(COMPLEX), X.to(COMPLEX), {}),
+    "complex probabilities and target": (PROBABILITY, X.to(COMPLEX), X.to(COMPLEX), {}),
+    "quantised logits": (LOGITS, QUANTIZED, X, {}),
+    "quantised target": (LOGITS, X, QUANTIZED, {}),
+    "sparse logits": (LOGITS, X.to_sparse(), X, {}),
+    "sparse both": (LOGITS, X.to_sparse(), X.to_sparse(), {}),
+    "compressed rows": (LOGITS, COMPRESSED, X, {}),
+    "sparse probabilities": (PROBABILITY, X.to_sparse(), X, {}),
+    "mkldnn logits": (LOGITS, X.to_mkldnn(), X, {}),
+    "weight of another size, probabilities": (PROBABILITY, X, X, {"weight": torch.rand(3)}),
+    "target on another device": (LOGITS, X, X.to("meta"), {}),
+    "input on another device": (LOGITS, X.to("meta"), X, {}),
+    "weight on another device": (LOGITS, X, X, {"weight": X.to("meta")}),
+    "0-D weight on another device": (LOGITS, X, X, {"weight": torch.rand((), device="meta")}),
+    "probabilities on another device": (PROBABILITY, X.to("meta"), X, {}),
+    "input a list": (LOGITS, [0.5], X, {}),
+    "target missing": (LOGITS, X, None, {}),
+}
+
+
+@pytest.mark.parametrize("name", SAME_MESSAGE)
+def test_message(name: str, device: str) -> None:
+    form, x, t, options = SAME_MESSAGE[name]
+    theirs = error_of(form.theirs, x, t, **options)
+    options = {k: moved(v, device) for k, v in options.items()}
+    ours = error_of(form.ours, moved(x, device), moved(t, device), **options)
+    assert type(ours) is type(theirs)
+    assert str(ours) == str(theirs)
+
+
+# These are refused before a device is looked at.
+@pytest.mark.parametrize("name", SAME_TYPE)
+def test_exception(name: str) -> None:
+    form, x, t, options = SAME_TYPE[name]
+    theirs = error_of(form.theirs, x, t, **options)
+    ours = error_of(form.ours, x, t, **options)
+    assert type(ours) is type(theirs)
+    assert str(ours)
+
+
+# What torch has no word for, or accepts: (form, input, target, options, exception, message)
+OWN = {
+    "smoothing below": (
+        LOGITS,
+        {"label_smoothing": -0.1},
+        RuntimeError,
+        r"between 0.0 and 1.0.*-0.1",
+    ),
+    "smoothing above": (PROBABILITY, {"label_smoothing": 1.5}, RuntimeError, r"1.0. Got: 1.5"),
+    "smoothing NaN": (FOCAL, {"label_smoothing": math.nan}, RuntimeError, "Got: nan"),
+    "gamma below 0": (FOCAL, {"gamma": -1}, ValueError, "Invalid gamma value: -1"),
+    "gamma NaN": (FOCAL, {"gamma": math.nan}, ValueError, "Invalid gamma value: nan"),
+    "alpha above 1": (FOCAL, {"alpha": 1.5}, ValueError, "Invalid alpha value: 1.5"),
+    "alpha below 0": (FOCAL, {"alpha": -0.5}, ValueError, "or -1 for ignore"),
+    "focal reduction": (FOCAL, {"reduction": "foo"}, ValueError, "Supported reduction modes"),
+    "on_empty": (LOGITS, {"on_empty": "none"}, ValueError, "on_empty must be 'nan' or 'zero'"),
+    "normalizer of text": (LOGITS, {"normalizer": "3"}, TypeError, "normalizer must be a number"),
+    "normalizer a list": (LOGITS, {"normalizer": [3]}, TypeError, "number"),
+    "normalizer complex": (LOGITS, {"normalizer": 1j}, TypeError, "complex"),
+    "two normalizers": (LOGITS, {"normalizer": torch.ones(2)}, ValueError, "one real number"),
+    "complex normalizer": (LOGITS, {"normalizer": torch.tensor(1j)}, ValueError, "real number"),
+    "ignore_index a float": (LOGITS, {"ignore_index": 1.0}, TypeError, "must be int, not float"),
+    "ignore_index text": (FOCAL, {"ignore_index": "1"}, TypeError, "must be int, not str"),
+    "sample_weight a number": (LOGITS, {"sample_weight": 2.0}, TypeError, "must be Tensor"),
+    "sample_weight of columns": (LOGITS, {"sample_weight": torch.rand(5)}, ValueError, "leading"),
+    "sample_weight of more dimensions": (
+        LOGITS,
+        {"sample_weight": torch.rand(4, 5, 1)},
+        ValueError,
+        "leading",
+    ),
+    "sample_weight elsewhere": (
+        LOGITS,
+        {"sample_weight": torch.rand(4, device="meta")},
+        RuntimeError,
+        "same device",
+    ),
+    "complex sample_weight": (
+        LOGITS,
+        {"sample_weight": torch.rand(4).to(COMPLEX)},
+        NotImplementedError,
+        "complex64",
+    ),
+    "complex weight": (LOGITS, {"weight": X.to(COMPLEX)}, NotImplementedError, "complex64"),
+    "quantised weight": (LOGITS, {"weight": QUANTIZED}, NotImplementedError, "quint8"),
+    "normalizer elsewhere": (
+        LOGITS,
+        {"normalizer": torch.rand((), device="meta")},
+        RuntimeError,
+        "same device",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_errors(name: str, device: str) -> None:
+    form, options, exception, message = OWN[name]
+    options = {
+        k: v if isinstance(v, Tensor) and (v.is_meta or v.is_quantized) else moved(v, device)
+        for k, v in options.items()
+    }
+    with pytest.raises(exception, match=message):
+        form.ours(X.to(device), X.to(device), **options)
+
+
+# Torch computes a complex loss of a complex target.
+def test_complex_and_sparse_targets() -> None:
+    for target in (X.to(COMPLEX), X.to_sparse(), X.to(torch.float8_e4m3fn), X.to(torch.uint16)):
+        for form in FORMS:
+            with pytest.raises((NotImplementedError, RuntimeError)):
+                form.ours(X, target)
+
+
+def test_sparse_weight_is_taken_as_a_dense_one() -> None:
+    weight = torch.eye(4, 5)
+    assert torch.equal(bce_with_logits(X, X, weight.to_sparse()), bce_with_logits(X, X, weight))
+    theirs = F.binary_cross_entropy_with_logits(X, X, weight.to_sparse())
+    torch.testing.assert_close(bce_with_logits(X, X, weight.to_sparse()), theirs)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (fused_ce.BCEWithLogitsLoss, {"reduction": "foo"}),
+        (fused_ce.BCELoss, {"reduction": "foo"}),
+        (fused_ce.SigmoidFocalLoss, {"reduction": "foo"}),
+        (fused_ce.BCEWithLogitsLoss, {"on_empty": "foo"}),
+        (fused_ce.SigmoidFocalLoss, {"gamma": -1}),
+    ],
+)
+def test_modules_refuse_at_the_call(module: type[nn.Module], options: dict[str, Any]) -> None:
+    loss = module(**options)  # as torch's: not here
+    with pytest.raises(ValueError, match=r"foo|gamma"):
+        loss(X, X)
+
+
+def test_focal_shapes() -> None:
+    with pytest.raises(ValueError, match=re.escape("must be the same as input size")):
+        focal(torch.rand(3, 1), torch.rand(3))
+
+
+def test_integer_target_cannot_require_grad() -> None:
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        torch.tensor([1, 0]).requires_grad_()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
+@each_form
+def test_cpu_and_cuda(form: Form) -> None:
+    for x, t in ((X.cuda(), X), (X, X.cuda())):
+        with pytest.raises(RuntimeError, match="same device"):
+            form.ours(x, t)
+    with pytest.raises(RuntimeError, match="same device"):
+        bce_with_logits(X.cuda(), X.cuda(), X)
+    # As in torch, a 0-D tensor of the CPU stands for a number.
+    weight = torch.tensor(2.0)
+    theirs = F.binary_cross_entropy_with_logits(X, X, weight)
+    torch.testing.assert_close(bce_with_logits(X.cuda(), X.cuda(), weight).cpu(), theirs)
+
+
+# ---- probabilities out of range ------------------------------------------------------------------
+
+OUTSIDE = [-1e-6, 1.0001, math.nan, math.inf, -math.inf]
+
+
+def nan_and_check(x: Tensor, t: Tensor, reduction: str) -> None:
+    """The CPU raises in the call; on CUDA the loss is NaN, and `check` finds the error."""
+    assert bce(x, t, reduction=reduction).isnan().any()
+    fused_ce.check()
+
+
+@pytest.mark.parametrize("value", OUTSIDE)
+@pytest.mark.parametrize("wrong", ["input", "target"])
+def test_probabilities_out_of_range(wrong: str, value: float, device: str) -> None:
+    good, bad = torch.full((1030,), 0.5), torch.full((1030,), 0.5)
+    bad[1027] = value  # in the tail past a block
+    x, t = (bad, good) if wrong == "input" else (good, bad)
+    message = error_of(F.binary_cross_entropy, x, t).args[0]
+    assert message == f"all elements of {wrong} should be between 0 and 1"
+    message = f"^{message}" if device == "cpu" else message
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        if bad.to(dtype).max() == 1:
+            continue  # bfloat16 rounds 1.0001 into the range
+        for reduction in REDUCTIONS:
+            with pytest.raises(RuntimeError, match=message):
+                nan_and_check(x.to(device, dtype), t.to(device, dtype), reduction)
+    fused_ce.check()  # reported once
+    assert bce(good.to(device), good.to(device)).isfinite()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU raises at once")
+def test_next_call_reports_probabilities_out_of_range() -> None:
+    bad, good = (X + 1).cuda(), X.cuda()
+    assert bce(bad, good, reduction="none").isnan().any()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
+        bce(good, good)
+    assert bce(good, good).isfinite()  # and the process goes on
+
+
+def test_ignored_probabilities_may_be_out_of_range(device: str) -> None:
+    x, t = torch.tensor([math.nan, 2.0, 0.5]).to(device), torch.tensor([-1.0, -1.0, 1.0]).to(device)
+    assert bce(x, t, ignore_index=-1).item() == pytest.approx(math.log(2))
+    fused_ce.check()
+
+
+def test_check_finds_nothing(device: str) -> None:
+    bce(X.to(device), X.to(device))
+    fused_ce.check()
+
+
+# ---- tensors that are no plain tensors -----------------------------------------------------------
+
+
+@each_form
+def test_meta_tensors(form: Form) -> None:
+    x = torch.empty(4, 5, device="meta", requires_grad=True)
+    t = torch.empty(4, 5, device="meta", dtype=torch.bool)
+    for reduction in REDUCTIONS:
+        loss = form.ours(x, t, reduction=reduction, sample_weight=torch.empty(4, device="meta"))
+        assert loss.is_meta
+        assert loss.shape == ((4, 5) if reduction == "none" else ())
+        (gradient,) = torch.autograd.grad(loss, x, torch.empty_like(loss))
+        assert gradient.is_meta
+        assert gradient.shape == x.shape
+
+
+@each_form
+def test_fake_tensors(form: Form) -> None:
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        # 2^40 elements: nothing is computed
+        x = torch.empty(2**20, 2**20, dtype=torch.bfloat16, requires_grad=True)
+        t = torch.empty(2**20, 2**20, dtype=torch.bfloat16)
+        for reduction in REDUCTIONS:
+            loss = form.ours(x, t, reduction=reduction)
+            assert isinstance(loss, FakeTensor)
+            assert loss.dtype == torch.bfloat16
+            assert loss.shape == (x.shape if reduction == "none" else ())
+            (gradient,) = torch.autograd.grad(loss, x, torch.empty_like(loss))
+            assert (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
+
+
+class Tagged(torch.Tensor):
+    calls: list[Any] = []  # noqa: RUF012 - emptied by the test
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@each_form
+def test_subclasses_keep_their_type(form: Form, device: str) -> None:
+    x, t = make_input(form, (4, 5)).to(device), torch.rand(4, 5).to(device)
+    for inputs in ((x.as_subclass(Tagged), t), (x, t.as_subclass(Tagged))):
+        Tagged.calls.clear()
+        loss = form.ours(*inputs)
+        assert form.ours in Tagged.calls
+        assert type(loss) is type(form.theirs(*(i.cpu() for i in inputs))) is Tagged
+        torch.testing.assert_close(loss.as_subclass(torch.Tensor), form.ours(x, t))
+    # Every tensor argument is looked at.
+    for option in ("sample_weight", "normalizer", *form.weights):
+        Tagged.calls.clear()
+        form.ours(x, t, **{option: torch.ones(()).to(device).as_subclass(Tagged)})
+        assert form.ours in Tagged.calls
+
+
+class Refusing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+@each_form
+def test_subclasses_may_refuse(form: Form) -> None:
+    with pytest.raises(TypeError, match="no implementation found"):
+        form.ours(X.as_subclass(Refusing), X)
+
+
+def test_parameters_are_plain_tensors(device: str) -> None:
+    x = nn.Parameter(X.to(device, copy=True))
+    assert type(bce_with_logits(x, X.to(device))) is torch.Tensor
+
+
+# ---- logits that change before backward ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_form
+def test_changed_logits(form: Form, reduction: str, device: str) -> None:
+    leaf = make_input(form, (4, 5)).to(device).requires_grad_()
+    t = torch.rand(4, 5).to(device)
+    for changed in ("input", "target"):
+        logits, target = leaf * 1, t.clone()
+        loss = form.ours(logits, target, reduction=reduction)
+        (logits if changed == "input" else target).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward(torch.ones(loss.shape).to(device))
+
+
+# ---- inplace_backward ----------------------------------------------------------------------------
+
+
+def overwriting(form: Form, logits: Tensor, **options: Any) -> Tensor:
+    t = torch.full(logits.shape, 0.5, device=logits.device)
+    return form.ours(logits, t, **{"reduction": "mean", "inplace_backward": True} | options)
+
+
+def backward(loss: Tensor, **options: Any) -> None:
+    loss.backward(torch.ones(loss.shape).to(loss.device), **options)
+
+
+@pytest.mark.parametrize("form", [LOGITS, FOCAL], ids=form_id)
+class TestInplaceBackward:
+    def leaf(self, device: str) -> Tensor:
+        return torch.randn(4, 5).to(device).requires_grad_()
+
+    def test_leaf(self, form: Form, device: str) -> None:
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used"):
+            overwriting(form, self.leaf(device))
+
+    def test_expanded(self, form: Form, device: str) -> None:
+        logits = (self.leaf(device)[:1] * 1).expand(4, 5)
+        with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+            overwriting(form, logits)
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_later_use(self, form: Form, reduction: str, device: str) -> None:
+        logits = self.leaf(device) * 1
+        loss = overwriting(form, logits, reduction=reduction)
+        later = (logits * 2).sum()
+        with pytest.raises(RuntimeError, match="were used again"):
+            later.backward()
+        backward(loss)
+
+    def test_use_in_the_same_sum(self, form: Form, device: str) -> None:
+        logits = self.leaf(device) * 1
+        with pytest.raises(RuntimeError, match="were used again"):
+            (overwriting(form, logits) + logits.sum()).backward()
+
+    def test_use_through_the_base_of_a_view(self, form: Form, device: str) -> None:
+        base = self.leaf(device) * 1
+        overwriting(form, base.view(20))
+        with pytest.raises(RuntimeError, match="were used again"):
+            base.sum().backward()
+
+    def test_earlier_use_that_saved_them(self, form: Form, device: str) -> None:
+        logits = self.leaf(device) * 1
+        square = (logits**2).sum()
+        overwriting(form, logits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+
+    def test_producer_that_saved_them(self, form: Form, device: str) -> None:
+        logits = torch.exp(self.leaf(device))  # whose backward multiplies by its result
+        loss = overwriting(form, logits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward(loss)
+
+    def test_two_losses(self, form: Form, device: str) -> None:
+        logits = self.leaf(device) * 1
+        first = overwriting(form, logits)
+        second = overwriting(form, logits)
+        with pytest.raises(RuntimeError, match=r"modified by an inplace|were used again"):
+            backward(first + second)
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_changed_before_backward(self, form: Form, reduction: str, device: str) -> None:
+        logits = self.leaf(device) * 1
+        loss = overwriting(form, logits, reduction=reduction)
+        with torch.no_grad():
+            logits.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward(loss)
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_second_backward(self, form: Form, reduction: str, device: str) -> None:
+        loss = overwriting(form, self.leaf(device) * 1, reduction=reduction)
+        backward(loss, retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second time"):
+            backward(loss)
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_second_derivative(self, form: Form, reduction: str, device: str) -> None:
+        leaf = self.leaf(device)
+        loss = overwriting(form, leaf * 1, reduction=reduction)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, leaf, torch.ones(loss.shape).to(device), create_graph=True)
+
+    def test_gradient_of_the_target(self, form: Form, device: str) -> None:
+        target = torch.rand(4, 5).to(device).requires_grad_()
+        logits = self.leaf(device) * 1
+        loss = form.ours(logits, target, reduction="mean", inplace_backward=True)
+        with pytest.raises(RuntimeError, match="target or weight that requires grad"):
+            backward(loss)
+
+    def test_one_of_several_views(self, form: Form, device: str) -> None:
+        # as torch's own in-place operations
+        first, _ = (self.leaf(device) * 1).unbind(0)[:2]
+        theirs = error_of(first.mul_, 2)
+        ours = error_of(overwriting, form, first)
+        assert type(ours) is type(theirs) is RuntimeError
+        assert "is a view and is being modified inplace" in str(ours)
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"unknown backend 'cudnn'.*native, triton, reference"):
+        fused_ce.set_backend("cudnn")
+    with pytest.raises(ValueError, match="unknown backend"), fused_ce.backend("cudnn"):
+        pass
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="Triton may be there",
+)
+def test_absent_backend() -> None:
+    before = fused_ce.backends.table()
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available on CPU here"):
+        fused_ce.set_backend("triton")
+    assert fused_ce.backends.table() == before
+
+
+def test_backend_is_restored_after_an_error() -> None:
+    before = fused_ce.backends.table()
+    during = []
+    with pytest.raises(ValueError, match="Target size"), fused_ce.backend("reference"):
+        during.extend(fused_ce.backends.table()) or bce_with_logits(X, X[0])
+    assert {name for _, _, name in during} == {"reference"}
+    assert fused_ce.backends.table() == before
+
+
+def test_environment_variable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import fused_ce"],
+        env=os.environ | {"FUSED_CE_BACKEND": "cudnn"},
+        capture_output=True,
+        text=True,
+    )
+    assert "ValueError: unknown backend 'cudnn'" in done.stderr
+
+
+def test_backends_agree(device: str) -> None:
+    x, t = make_input(LOGITS, (33,)), torch.rand(33)
+    with fused_ce.backend("reference"):
+        right = run(bce_with_logits, x, t, device=device)
+    torch.testing.assert_close(run(bce_with_logits, x, t, device=device).loss, right.loss)

@@ -1,0 +1,189 @@
+"""`python -m fused_ce`: what it prints, what it writes, and how it refuses."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fused_ce import backends
+from fused_ce.__main__ import main
+from fused_ce.bench import command
+from fused_ce.bench.losses import LOSSES
+from fused_ce.bench.rows import parse_size, rows
+
+QUICK = ["--against", "eager", "--repeats", "2", "--seconds", "0"]
+
+
+def run_python(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def run_without(module, *arguments):
+    code = f"import sys; sys.modules[{module!r}] = None; from fused_ce.__main__ import main"
+    return run_python("-c", f"{code}; sys.exit(main({list(arguments)}))")
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_info_names_versions_and_backends(rich):
+    done = run_python("-m", "fused_ce", "info") if rich else run_without("rich", "info")
+    assert done.returncode == 0, done.stderr
+    for cell in (*backends.build_info(), *backends.build_info().values()):
+        assert cell in done.stdout
+    for row in backends.table():
+        assert any(all(cell in line for cell in row) for line in done.stdout.splitlines())
+
+
+def test_bench_names_the_extra_it_needs():
+    done = run_without("matplotlib", "bench", "bce", *QUICK)
+    assert done.returncode == 2
+    assert "bench needs matplotlib: pip install fused-ce[bench]" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("bench")
+    files = [f"--{kind}={folder / kind}.{kind}" for kind in ("csv", "json")]
+    # 1Mi is large enough for the peak memory to be read.
+    cases = ["--case", "plain,inplace", "--size", "16x24,1Mi", "--threads", "1"]
+    plot = f"--plot={folder / 'plot.png'}"
+    done = run_python("-m", "fused_ce", "bench", "bce", *cases, *QUICK, *files, plot)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+def test_bench_prints_a_line_for_every_row(written):
+    table, _ = written
+    for case, one, size in [
+        ("plain", "forward", "16x24"),
+        ("plain", "both", "1Mi"),
+        ("inplace", "both", "1Mi"),
+    ]:
+        wanted = f"{case} {one} float32 {size}".split()
+        assert any(
+            [c.strip() for c in line.split("│")][1:5] == wanted for line in table.split("\n")
+        )
+    assert "1 threads" in table
+
+
+def test_bench_writes_csv(written):
+    with (written[1] / "csv.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    # plain: two sizes and two passes; inplace: backward only. Each with ours and eager.
+    assert len(records) == (2 * 2 + 2) * 2
+    assert {r["contender"] for r in records} == {"fused_ce", "eager"}
+    for r in records:
+        for column in ("ms", "ms_quartile_1", "ms_quartile_3", "repeats", "ratio", "gb_per_s"):
+            assert float(r[column]) > 0
+        assert float(r["ms_quartile_1"]) <= float(r["ms"]) <= float(r["ms_quartile_3"])
+        assert float(r["loss_error"]) < 1e-5
+        assert (r["gradient_error"] == "") == (r["pass"] == "forward")
+        assert r["accurate"] == "True"
+        # Every byte once: logits and target, and the gradient.
+        elements = 16 * 24 if r["size"] == "16x24" else 2**20
+        count = 2 if r["pass"] == "forward" else 3
+        moved = float(r["gb_per_s"]) * float(r["ms"]) * 1e6
+        assert moved == pytest.approx(4 * count * elements)
+
+
+def test_bench_writes_json_with_the_circumstances(written):
+    found = json.loads((written[1] / "json.json").read_text())
+    assert found["threads"] == 1
+    assert found["copy_gb_per_s"] > 0
+    assert found["machine"]
+    assert found["build"] == backends.build_info()
+    with (written[1] / "csv.csv").open(newline="") as file:
+        assert len(found["rows"]) == len(list(csv.DictReader(file)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from /proc")
+def test_bench_reads_the_peak_memory(written):
+    found = json.loads((written[1] / "json.json").read_text())
+    peaks = {
+        (r["case"], r["pass"], r["contender"]): r["peak_logits"]
+        for r in found["rows"]
+        if r["size"] == "1Mi"
+    }
+    # Eager keeps two buffers of the logits' size, we the gradient alone, in place not even that.
+    assert peaks["plain", "both", "eager"] == pytest.approx(2, abs=0.2)
+    assert peaks["plain", "both", "fused_ce"] == pytest.approx(1, abs=0.2)
+    assert peaks["plain", "forward", "fused_ce"] == pytest.approx(0, abs=0.2)
+    assert peaks["inplace", "both", "fused_ce"] == pytest.approx(0, abs=0.2)
+
+
+def test_bench_draws_a_plot(written):
+    image = (written[1] / "plot.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 5000
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--against", "eager,nobody", "unknown rival 'nobody' (choose from eager, compile)"),
+        ("--device", "abacus", "unknown device 'abacus' (choose from cpu, cuda)"),
+        ("--dtype", "float8", "unknown dtype 'float8'"),
+        ("--case", "plain,odd", "unknown case 'odd'"),
+        ("--pass", "sideways", "unknown pass 'sideways'"),
+        ("--size", "12Q", "not a size: '12Q'"),
+        ("--repeats", "0", "0 is not positive"),
+        ("--csv", "no/such/folder/x.csv", "no such directory"),
+    ],
+)
+def test_unknown_values_are_refused(option, value, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["bench", "bce", option, value])
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_copy(monkeypatch):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 10.0)
+
+
+@pytest.mark.usefixtures("quick_copy")
+def test_inplace_has_no_forward_pass(capsys):
+    assert main(["bench", "bce", "--case", "inplace", "--pass", "forward"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick_copy")
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
+    plain = LOSSES["bce"].cases["plain"]
+    wrong = dataclasses.replace(plain, fused=lambda x, t: 1.001 * plain.torch(x, t))
+    loss = dataclasses.replace(LOSSES["bce"], cases={"plain": wrong})
+    monkeypatch.setitem(LOSSES, "bce", loss)
+    assert main(["bench", "bce", "--size", "64", *QUICK]) == 1
+    assert "wrong result" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick_copy")
+@pytest.mark.parametrize("case", LOSSES["bce"].cases)
+def test_every_case_runs_and_is_checked(case, capsys):
+    assert (
+        main(["bench", "bce", "--case", case, "--dtype", "float16", "--size", "100", *QUICK]) == 0
+    )
+    assert case in capsys.readouterr().out
+
+
+def test_sizes():
+    assert parse_size("1000000") == (1_000_000,)
+    assert parse_size("64Mi") == (64 << 20,)
+    assert parse_size("8kx2Ki") == (8000, 2048)
+    for wrong in ("0", "-1", "1.5", "K", "8K", "8i", "4x"):
+        with pytest.raises(ValueError, match="not a size"):
+            parse_size(wrong)
+
+
+def test_rows_are_the_product_of_the_choices():
+    found = list(rows("bce", ["plain", "inplace"], ["float32"], ["1", "2"], ["forward"], "cpu"))
+    assert [(r.case, r.size) for r in found] == [("plain", "1"), ("plain", "2")]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for library in ("matplotlib", "rich", "sklearn", "torchmetrics", "typer"):
+    pytest.importorskip(library)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(folder: Path, name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "100", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found[1])
+
+
+def test_train_binary(tmp_path: Path) -> None:
+    out = run(tmp_path, "train_binary.py", "--epochs", "5", "--plot", "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # the example itself asserts that the curves agree
+    assert "largest difference of the loss curves" in out
+    ours, theirs = (number(rf"\b{name} .*?([\d.]+)%", out) for name in ("fused_ce", "torch"))
+    assert ours == theirs
+    assert ours > 90
+
+
+def test_sentiment(tmp_path: Path) -> None:
+    out = run(tmp_path, "sentiment.py", "what a lovely film")
+    # 320 coin flips pass 60 % with a probability of 2e-4
+    assert number(r"held-out accuracy: ([\d.]+)%", out) > 60
+    assert number(r"positive \(probability ([\d.]+)\)", out) > 0.5
+
+
+def test_sentiment_negative(tmp_path: Path) -> None:
+    out = run(tmp_path, "sentiment.py", "a terrible, boring film", "--epochs", "5")
+    assert number(r"negative \(probability ([\d.]+)\)", out) > 0.5
+
+
+def test_sentiment_data() -> None:
+    lines = (EXAMPLES / "sentiment.tsv").read_text(encoding="utf-8").splitlines()
+    labels, texts = zip(*(line.split("\t") for line in lines), strict=True)
+    assert labels == ("positive", "negative") * (len(lines) // 2)  # the example relies on the pairs
+    assert len({text.lower() for text in texts}) == len(texts)
+
+
+def test_which_loss(tmp_path: Path) -> None:
+    out = run(tmp_path, "which_loss.py")
+    for line in ("CrossEntropyLoss", "BCE on sigmoid(logits)", "are refused: Target size"):
+        assert line in out
+    whole, weighted, plain = (
+        number(rf"{start}.*: +([\d.]+)", out) for start in ("loss over", "batch means", "plain")
+    )
+    assert weighted == pytest.approx(whole, abs=1e-4)
+    assert plain != pytest.approx(whole, abs=0.1)

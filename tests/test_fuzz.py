@@ -1,0 +1,500 @@
+"""Random calls against formulas in float64: shapes, strides, dtypes, broadcasts, options, tails."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as torch_functional
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fused_ce import functional
+
+EXAMPLES = int(os.environ.get("FUSED_CE_FUZZ_EXAMPLES", "2000"))
+# On CI every run tries the same cases; elsewhere each tries its own and prints how to repeat them.
+SEED = int(os.environ.get("FUSED_CE_FUZZ_SEED", 0 if "CI" in os.environ else time.time_ns()))
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+LAYOUTS = ["", "permuted", "channels_last", "sliced", "expanded"]
+LAYOUTS += ["sliced permuted", "expanded sliced"]
+# Around the lanes of a vector (4, 8, 16), a block (1024) and a chunk (16384) of the kernels.
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65]
+LONG = [(1023,), (1024,), (1025,), (2, 1024), (5, 1031), (16389,), (3, 13001), (20001, 2)]
+SPECIAL = [0.0, -0.0] + [s * v for s in (1, -1) for v in (1e-30, 1e-4, 20, 88, 104, 200)]
+
+
+class Operand(NamedTuple):
+    dtype: torch.dtype
+    layout: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    form: str
+    shape: tuple[int, ...]
+    input: Operand
+    target: Operand
+    labels: str
+    weight: Operand | None
+    pos_weight: Operand | None
+    sample_weight: Operand | None
+    options: dict[str, Any]
+    normalizer_dtype: torch.dtype | None
+    upstream: float
+    upstream_layout: str
+    gradients: str
+    non_finite: bool
+
+
+@st.composite
+def cases(draw: st.DrawFn, most: int) -> Case:
+    def rarely() -> bool:
+        return draw(st.integers(0, 3)) == 3
+
+    form = draw(st.sampled_from(["logits", "logits", "probability", "focal"]))
+    shape: tuple[int, ...] = ()
+    if most >= 1024 and draw(st.integers(0, 9)) == 9:
+        shape = draw(st.sampled_from(LONG))
+    else:
+        left = most
+        for _ in range(draw(st.integers(0, 5))):
+            shape += (draw(st.sampled_from([n for n in SIZES if n <= left])),)
+            left //= shape[-1]
+        if shape and draw(st.integers(0, 19)) == 19:
+            shape = (*shape[:-1], 0)
+
+    layouts = st.sampled_from(LAYOUTS)
+    input = Operand(draw(st.sampled_from(FLOATS)), draw(layouts), shape)
+    whole = draw(st.integers(0, 2)) == 2
+    floats = [input.dtype] if form == "probability" else [input.dtype, *FLOATS]
+    target = Operand(draw(st.sampled_from(INTEGERS if whole else floats)), draw(layouts), shape)
+    labels = "hard" if whole else draw(st.sampled_from(["hard", "soft", "any"]))
+
+    def weight() -> Operand:
+        kept = shape[draw(st.integers(0, len(shape))) :]
+        kept = tuple(1 if draw(st.booleans()) else n for n in kept)
+        return Operand(draw(st.sampled_from([*FLOATS, *INTEGERS])), draw(layouts), kept)
+
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["none", "mean", "sum"]))}
+    if form == "focal":
+        options["alpha"] = draw(st.sampled_from([0.25, 0.5, 0, 1, 0.1, 0.999, -1]))
+        options["gamma"] = draw(st.sampled_from([2, 0, 0.5, 1, 1.7, 3, 5]))
+    if rarely():
+        values = [0, 1] if target.dtype == torch.bool else [1, 2, 100]
+        if target.dtype in (torch.int32, torch.int64):
+            values += [2**31 - 1]
+        if target.dtype not in (torch.bool, torch.uint8):
+            values += [-100, -1]
+        options["ignore_index"] = draw(st.sampled_from(values))
+    if rarely():
+        options["label_smoothing"] = draw(st.sampled_from([0.1, 0.01, 1.0]))
+    if rarely():
+        options["on_empty"] = "zero"
+    normalizer_dtype = None
+    if rarely():
+        options["normalizer"] = draw(st.sampled_from([7.0, 1.0, 1000.0, 2.0]))
+        if options.get("on_empty") and rarely():
+            options["normalizer"] = 0.0
+        normalizer_dtype = draw(st.sampled_from([None, *FLOATS, torch.int64]))
+    sample_weight = None
+    if rarely():
+        rows = shape[: draw(st.integers(0, len(shape)))]
+        sample_weight = Operand(draw(st.sampled_from([*FLOATS, *INTEGERS])), draw(layouts), rows)
+    gradients = draw(st.sampled_from(["none", "input", "input", "input", "inplace", "all"]))
+    return Case(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        form=form,
+        shape=shape,
+        input=input,
+        target=target,
+        labels=labels,
+        weight=weight() if form != "focal" and draw(st.booleans()) else None,
+        pos_weight=weight() if form == "logits" and draw(st.booleans()) else None,
+        sample_weight=sample_weight,
+        options=options,
+        normalizer_dtype=normalizer_dtype,
+        upstream=draw(st.sampled_from([1.0, 1.0, -2.0, 0.3, 1000.0])),
+        upstream_layout=draw(layouts),
+        gradients=gradients,
+        non_finite=rarely(),
+    )
+
+
+def lay_out(values: Tensor, operand: Operand, rng: random.Random, device: Any) -> Tensor:
+    """The values in the operand's dtype and layout (an expanded one repeats some of them)."""
+    dim, full = values.dim(), values.shape
+    order = list(range(dim))
+    if "permuted" in operand.layout:
+        rng.shuffle(order)
+    if operand.layout == "channels_last" and dim >= 3:
+        order = [0, *range(2, dim), 1]
+    steps = [rng.choice((1, 2, 3)) if "sliced" in operand.layout else 1 for _ in range(dim)]
+    for d in range(dim):
+        if "expanded" in operand.layout and full[d] > 1 and rng.random() < 0.5:
+            values = values.narrow(d, 0, 1)
+    buffer = torch.zeros(
+        [values.shape[d] * steps[d] for d in order], dtype=operand.dtype, device=device
+    )
+    view = buffer.permute([order.index(d) for d in range(dim)])
+    view = view[tuple(slice(step - 1, None, step) for step in steps)]
+    return view.copy_(values).expand(full)
+
+
+class Call(NamedTuple):
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | float | None
+    upstream: Tensor  # gradient of the loss, in its dtype
+
+
+def build(case: Case, device: Any) -> Call:
+    generator = torch.Generator().manual_seed(case.seed)
+    rng = random.Random(case.seed)
+
+    def uniform(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    def some(probability: float) -> Tensor:
+        return uniform(case.shape) < probability
+
+    t = uniform(case.shape)
+    if case.labels == "hard":
+        t = t.round()
+    elif case.labels == "any" and case.form == "logits":
+        t = 3 * t - 1
+    ignore_index = case.options.get("ignore_index")
+    if ignore_index is not None:
+        t[some(rng.choice((0.2, 1.0)))] = ignore_index
+    target = lay_out(t, case.target, rng, device)
+    t = target.double().cpu()
+
+    if case.form == "probability":
+        x = uniform(case.shape)
+        x = torch.where(some(0.2), x.round(), x)
+        x = torch.where(some(0.2), uniform(case.shape) * rng.choice((1e-7, 1e-12, 1e-40)), x)
+        if case.gradients == "all":  # torch's derivative by the target is infinite at 0 and at 1
+            x = x.clamp(0.01, 0.99)
+    else:
+        x = torch.randn(case.shape, dtype=torch.float64, generator=generator)
+        x *= rng.choice((1, 4, 30))
+        special = torch.tensor([rng.choice(SPECIAL) for _ in range(64)], dtype=torch.float64)
+        place = torch.randint(64, case.shape, generator=generator)
+        x = torch.where(some(0.3), special[place], x)
+        if case.form == "focal" and case.gradients == "all":
+            # beyond, some of what the derivative by the target is made of underflows
+            most = 80 if torch.float64 in (case.input.dtype, case.target.dtype) else 10
+            x = x.clamp(-most, most)
+    if case.non_finite and "expanded" not in case.input.layout:
+        # at an infinite logit the derivative by the target is infinite too
+        infinite = case.form != "probability" and case.gradients != "all"
+        if infinite and "label_smoothing" not in case.options:
+            x[some(0.1) & (t == 1)] = torch.inf
+            x[some(0.1) & (t == 0)] = -torch.inf
+        if ignore_index is not None:
+            x[some(0.5) & (t == ignore_index)] = torch.nan
+    input = lay_out(x, case.input, rng, device)
+
+    def weights(operand: Operand | None) -> Tensor | None:
+        if operand is None:
+            return None
+        values = 4 * uniform(operand.shape) - 0.5
+        if operand.dtype not in FLOATS:
+            values = values.clamp(min=0).floor()
+        return lay_out(values, operand, rng, device)
+
+    normalizer = case.options.get("normalizer")
+    if case.normalizer_dtype is not None:
+        normalizer = torch.tensor(normalizer, dtype=case.normalizer_dtype, device=device)
+    dtype = target.dtype if target.is_floating_point() else input.dtype
+    if case.form == "focal":  # torchvision's formula promotes
+        dtype = torch.promote_types(dtype, input.dtype)
+    upstream = torch.full((), case.upstream, dtype=dtype, device=device)
+    if case.options["reduction"] == "none" and case.upstream != 1:
+        values = case.upstream * uniform(case.shape)
+        upstream = lay_out(values, Operand(dtype, case.upstream_layout, case.shape), rng, device)
+    elif case.options["reduction"] == "none":
+        upstream = upstream.expand(case.shape)  # as sum() sends it
+    return Call(
+        input,
+        target,
+        weights(case.weight),
+        weights(case.pos_weight),
+        weights(case.sample_weight),
+        normalizer,
+        upstream,
+    )
+
+
+class Elements(NamedTuple):
+    """A result for each element, and the sum of the absolute values of what it is the sum of."""
+
+    value: Tensor
+    terms: Tensor
+
+    def times(self, factor: Tensor) -> Elements:
+        # 0 * inf is 0 here: what an ignored element or a coefficient of 0 costs.
+        return Elements(
+            torch.where(factor == 0, 0.0, self.value * factor),
+            torch.where(factor == 0, 0.0, self.terms * factor.abs()),
+        )
+
+    def sum_to(self, shape: tuple[int, ...]) -> Elements:
+        return Elements(self.value.sum_to_size(shape), self.terms.sum_to_size(shape))
+
+
+def times(coefficient: Tensor, value: Tensor) -> Tensor:
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def elements(case: Case, x: Tensor, t: Tensor, pos: Tensor) -> dict[str, Elements]:
+    """Loss and derivatives of each element by input, target and pos_weight, unweighted, from
+    formulas in which nothing cancels at hard labels."""
+    smoothing = case.options.get("label_smoothing", 0.0)
+    t_terms = t.abs() * (1 - smoothing) + smoothing / 2
+    t = t * (1 - smoothing) + smoothing / 2
+    a = 1 - t
+    # Once t is smoothed, 1 - t is a difference of rounded numbers.
+    a_terms = 1 + t_terms if smoothing else a.abs()
+    if case.form == "probability":
+        log_p, log_q = x.log().clamp(min=-100), torch.log1p(-x).clamp(min=-100)
+        slope = 1 / (x * (1 - x)).clamp(min=1e-12)
+        difference = x + t_terms if smoothing else (x - t).abs()
+        return {
+            "loss": Elements(-(t * log_p + a * log_q), -(t_terms * log_p + a_terms * log_q)),
+            "input": Elements((x - t) * slope, difference * slope),
+            "target": Elements(log_q - log_p, -log_q - log_p).times(torch.ones_like(x) - smoothing),
+        }
+    rise, fall = torch.logaddexp(x, 0 * t), torch.logaddexp(-x, 0 * t)  # softplus(x), softplus(-x)
+    p, q = torch.sigmoid(x), torch.sigmoid(-x)
+    b, b_terms = pos * t, pos.abs() * t_terms
+    ce = Elements(times(a, rise) + times(b, fall), times(a_terms, rise) + times(b_terms, fall))
+    # The coefficient of the wrong side, less the share of both that the sigmoid takes away.
+    wrong = torch.where(x >= 0, a_terms, b_terms)
+    ce_x = Elements(a * p - b * q, wrong + (a_terms + b_terms) * torch.minimum(p, q))
+    ce_t = Elements(times(pos, fall) - rise, times(pos.abs(), fall) + rise)
+    if case.form == "focal":
+        alpha, gamma = case.options["alpha"], case.options["gamma"]
+        alpha_t = alpha * t + (1 - alpha) * a if alpha >= 0 else torch.ones_like(t)
+        alpha_terms = alpha * t_terms + (1 - alpha) * a_terms if alpha >= 0 else torch.ones_like(t)
+        u = a * p + t * q
+        hard = (t == 0) | (t == 1)
+        log_u = torch.where(t == 0, -fall, torch.where(t == 1, -rise, u.log()))
+        # d log u / dx, which stays finite where u underflows
+        u_x = torch.where(t == 0, q, torch.where(t == 1, -p, (a - t) * p * q / u))
+        u_t = q - p
+        # gamma multiplies the rounding of log u, and that of u where it is a sum
+        modulation = condition = torch.ones_like(u)
+        if gamma:
+            modulation = torch.exp(gamma * log_u)
+            condition = 1 + gamma * torch.where(hard, -log_u, 1 - log_u)
+            condition = torch.where(modulation == 0, 1.0, condition)
+        factor, factor_terms = alpha_t * modulation, alpha_terms * modulation * condition
+        alpha_slope = 2 * alpha - 1 if alpha >= 0 else 0.0
+        bend = gamma * u ** (gamma - 1) if gamma else torch.zeros_like(u)
+        ce_x = Elements(
+            factor * (ce_x.value + ce.value * gamma * u_x),
+            factor_terms * (ce_x.terms + ce.terms * gamma * u_x.abs()),
+        )
+        ce_t = Elements(
+            (alpha_slope * ce.value + alpha_t * ce_t.value) * modulation
+            + alpha_t * ce.value * bend * u_t,
+            ((ce.terms + alpha_terms * ce_t.terms) * modulation + alpha_terms * ce.terms * bend)
+            * condition,
+        )
+        ce = Elements(factor * ce.value, factor_terms * ce.terms)
+    return {
+        "loss": ce,
+        "input": ce_x,
+        "target": ce_t.times(torch.ones_like(x) - smoothing),
+        "pos_weight": Elements(times(t, fall), times(t_terms, fall)),
+    }
+
+
+def expected(case: Case, call: Call) -> dict[str, Elements]:
+    """The loss and all its gradients in float64, by the name of what they are the gradient of."""
+    shape, dim = case.shape, len(case.shape)
+    x, t, up = (v.double() for v in (call.input, call.target, call.upstream))
+    ones = torch.ones_like(x)
+    ignore_index = case.options.get("ignore_index")
+    kept = ones.bool() if ignore_index is None else t != ignore_index
+    x, t = torch.where(kept, x, 0.0), torch.where(kept, t, 0.0)
+
+    def broadcast(v: Tensor | None) -> Tensor:
+        return ones if v is None else v.double().expand(shape)
+
+    rows = call.sample_weight
+    if rows is not None:
+        rows = rows.reshape(rows.shape + (1,) * (dim - rows.dim()))
+    found = elements(case, x, t, broadcast(call.pos_weight))
+    weight, row_weight = broadcast(call.weight), broadcast(rows)
+    found["weight"] = found["loss"].times(row_weight)
+    found["sample_weight"] = found["loss"].times(weight)
+    both = weight * row_weight
+    for name in ("loss", "input", "target", "pos_weight"):
+        if name in found:
+            found[name] = found[name].times(both)
+
+    reduction, divisor = case.options["reduction"], 1.0
+    if reduction == "mean":
+        divisor = float(kept.sum() if call.normalizer is None else call.normalizer)
+    inverse = torch.tensor(1 / divisor if divisor else 0.0, dtype=torch.float64)
+    scale = torch.where(kept, up * inverse, 0.0)
+    results = {}
+    for name, of_each in found.items():
+        of = getattr(call, name, None)
+        if name == "loss":
+            of_each = of_each.times(kept.double())
+            results[name] = of_each if reduction == "none" else of_each.sum_to(()).times(inverse)
+        elif of is not None:
+            like = rows if name == "sample_weight" else of
+            total = of_each.times(scale).sum_to(like.shape)
+            results[name] = Elements(total.value.reshape(of.shape), total.terms.reshape(of.shape))
+    if reduction == "mean" and divisor == 0 and case.options.get("on_empty") != "zero":
+        nan = torch.full((), torch.nan, dtype=torch.float64)
+        results["loss"] = Elements(nan, nan)
+    return results
+
+
+def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of the dtype's numbers at a magnitude."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(magnitude.nan_to_num(0.0).clamp(info.tiny, info.max))
+    return torch.ldexp(torch.full_like(magnitude, info.eps), exponent - 1)
+
+
+def excess(
+    actual: Tensor, wanted: Elements, compute: torch.dtype, ulps: float, factor: float
+) -> Tensor:
+    """The error in units of the floor.
+
+    The floor is `ulps` units in the last place of the result's dtype at the result's magnitude or,
+    if that is more, of the arithmetic's type at the magnitude of the terms that the result is the
+    sum of: each term is rounded a few times by half a unit, and where they cancel the sum is
+    smaller than its error. A half type's terms are right to 2e-5 (csrc/math.h). What underflows on
+    the way is off by the smallest number, times what multiplies it later (`factor`).
+    """
+    value, terms = wanted
+    info = torch.finfo(actual.dtype)
+    floor = ulps * torch.maximum(ulp(value.abs(), actual.dtype), ulp(terms, compute))
+    if info.bits == 16:
+        floor = torch.maximum(floor, 2e-5 * terms)
+    # A gradient is stored before the upstream one multiplies it, but not as float16.
+    stored = {compute, actual.dtype} - {torch.float16}
+    least = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in stored)
+    floor += factor * least
+    # What would be the next number stands for infinity.
+    limit = info.max * (1 + info.eps / 2)
+    found, value = (v.double().clamp(-limit, limit) for v in (actual, value))
+    same = (found == value) | (found.isnan() & value.isnan())
+    return torch.where(same, 0.0, (found - value).abs() / floor).nan_to_num(torch.inf)
+
+
+NAMES = {
+    "logits": "binary_cross_entropy_with_logits",
+    "probability": "binary_cross_entropy",
+    "focal": "sigmoid_focal_loss",
+}
+
+
+def check_oracle(case: Case, call: Call, loss: Tensor, right: dict[str, Elements]) -> None:
+    """Where torch has what the case asks for, it must agree: in shape and dtype with our loss, in
+    float64 with the oracle."""
+    tensors = [v for v in call if isinstance(v, Tensor)]
+    extras = case.options.keys() - {"reduction", "on_empty"} or case.sample_weight is not None
+    if case.form == "focal" or extras or not all(v.isfinite().all() for v in tensors):
+        return
+    function = getattr(torch_functional, NAMES[case.form])
+    arguments = {"weight": call.weight, "reduction": case.options["reduction"]}
+    if case.form == "logits":
+        arguments["pos_weight"] = call.pos_weight
+    no_bool = call.pos_weight is None or call.pos_weight.dtype != torch.bool
+    if call.target.is_floating_point() and no_bool:
+        theirs = function(call.input, call.target, **arguments)
+        assert (theirs.dtype, theirs.shape) == (loss.dtype, loss.shape)
+    arguments = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    x = call.input.double().requires_grad_()
+    theirs = function(x, call.target.double(), **arguments)
+    if loss.numel() and case.options.get("on_empty") is None:
+        torch.testing.assert_close(
+            right["loss"].value, theirs, rtol=1e-8, atol=1e-9, equal_nan=True
+        )
+    gradient = torch.autograd.grad(theirs, x, call.upstream.double())
+    torch.testing.assert_close(right["input"].value, *gradient, rtol=1e-8, atol=1e-9)
+
+
+def check(case: Case, device: Any) -> None:
+    call = build(case, device)
+    options = case.options | {"normalizer": call.normalizer, "sample_weight": call.sample_weight}
+    if case.form != "focal":
+        options["weight"] = call.weight
+    if case.form == "logits":
+        options["pos_weight"] = call.pos_weight
+    operands = dict(list(call._asdict().items())[: 1 if case.gradients != "all" else 5])
+    wanted = {n: v for n, v in operands.items() if v is not None and v.is_floating_point()}
+    if case.gradients == "none":
+        wanted = {}
+    for operand in wanted.values():
+        operand.requires_grad_()
+    logits = call.input
+    inplace = case.gradients == "inplace" and "expanded" not in case.input.layout
+    if inplace and case.form != "probability":
+        logits = torch.empty_strided(
+            logits.shape, logits.stride(), dtype=logits.dtype, device=device
+        )
+        logits = logits.copy_(call.input)
+        options["inplace_backward"] = True
+    loss = getattr(functional, NAMES[case.form])(logits, call.target, **options)
+    assert (loss.dtype, loss.shape) == (call.upstream.dtype, call.upstream.shape)
+    gradients = torch.autograd.grad(loss, [*wanted.values()], call.upstream) if wanted else ()
+
+    host = Call(*(v.detach().cpu() if isinstance(v, Tensor) else v for v in call))
+    right = expected(case, host)
+    # Three units for the formula and half a unit for each further rounding (two for pos_weight); in
+    # float64 as much again for the oracle, which is no better.
+    weights = sum(v is not None for v in (call.weight, call.sample_weight))
+    ulps = 3 + 0.5 * weights + (call.pos_weight is not None)
+    ulps += 0.5 * (case.upstream != 1) + 0.5 * (case.options["reduction"] == "mean")
+    compute = torch.float32
+    if torch.float64 in (call.input.dtype, loss.dtype):
+        compute, ulps = torch.float64, 2 * ulps
+    results = {"loss": loss.detach()} | dict(zip(wanted, gradients, strict=True))
+    for name, actual in results.items():
+        if name != "loss":
+            assert (actual.dtype, actual.shape) == (wanted[name].dtype, wanted[name].shape)
+        actual = actual.cpu()
+        error = excess(actual, right[name], compute, ulps, 1e3 * max(1, abs(case.upstream)))
+        if error.numel() and error.max() > 1:
+            at = error.flatten().argmax()
+            got, value = (v.flatten()[at].item() for v in (actual, right[name].value))
+            raise AssertionError(f"{name}: {got!r} where {value!r} is right, {error.max():.3g}")
+    check_oracle(case, host, loss, right)
+
+
+def test_fuzz(device: Any) -> None:
+    on_cpu = torch.device(device).type == "cpu"
+    print(f"FUSED_CE_FUZZ_SEED={SEED}")
+
+    @seed(SEED)
+    @settings(
+        max_examples=EXAMPLES if on_cpu else min(EXAMPLES, 60),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(4096 if on_cpu else 256))
+    def run(case: Case) -> None:
+        check(case, device)
+
+    run()

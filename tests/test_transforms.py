@@ -1,0 +1,528 @@
+"""Higher derivatives, forward mode, torch.func, torch.compile, torch.export, checkpointing and CUDA
+graphs: everything that torch's own losses can be put through."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from cases import (
+    FOCAL,
+    FORMS,
+    LOGITS,
+    PROBABILITY,
+    REDUCTIONS,
+    Form,
+    exact,
+    form_id,
+    make_input,
+    make_target,
+    run,
+)
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fused_ce
+
+bce_with_logits = LOGITS.ours
+F64 = torch.float64
+OPS = torch.ops.fused_ce
+
+each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_from_before() -> None:
+    torch._dynamo.reset()
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+def differentiable_arguments(form: Form) -> dict[str, Tensor]:
+    """float64 tensors of shape (3, 4), off the places where a derivative has a kink."""
+    tensors = {
+        "input": make_input(form, (3, 4), F64),
+        "target": torch.rand(3, 4, dtype=F64) * 0.8 + 0.1,
+        "sample_weight": torch.rand(3, dtype=F64),
+        "normalizer": torch.tensor(7.5, dtype=F64),
+    }
+    shapes = {"weight": (4,), "pos_weight": (3, 1)}
+    return tensors | {name: torch.rand(shapes[name], dtype=F64) for name in form.weights}
+
+
+def as_function(form: Form, names: list[str], **options: Any) -> Callable[..., Tensor]:
+    def function(*tensors: Tensor) -> Tensor:
+        arguments = options | dict(zip(names, tensors, strict=True))
+        return form.ours(arguments.pop("input"), arguments.pop("target"), **arguments)
+
+    return function
+
+
+# The derivatives are composed from torch's operations on every device, so the CPU speaks for all.
+@each_reduction
+@pytest.mark.parametrize("extra", [{}, {"ignore_index": 0, "label_smoothing": 0.2}], ids=str)
+@each_form
+def test_every_argument_to_second_order(form: Form, extra: dict[str, Any], reduction: str) -> None:
+    tensors = differentiable_arguments(form)
+    if "ignore_index" in extra:
+        # a step of the numerical derivative would take an ignored target from its index
+        target = tensors.pop("target").index_fill(0, torch.tensor([0]), 0)
+        extra = extra | {"target": target}
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    function = as_function(form, list(tensors), reduction=reduction, **extra)
+    assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, leaves, check_batched_grad=True, fast_mode=True)
+
+
+@each_reduction
+@each_form
+def test_input_alone_to_second_order(form: Form, reduction: str) -> None:
+    """Where the op, and not the composition, gives the first derivative."""
+    x = make_input(form, (3, 4), F64).requires_grad_()
+    t = torch.rand(3, 4, dtype=F64).round()  # hard labels
+    assert gradcheck(lambda x: form.ours(x, t, reduction=reduction), x, check_batched_grad=True)
+    assert gradgradcheck(lambda x: form.ours(x, t, reduction=reduction), x)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
+def test_focal_targets_to_second_order(gamma: float) -> None:
+    """Also at hard labels, where the power is taken of a single sigmoid."""
+    x = make_input(FOCAL, (12,), F64).requires_grad_()
+    t = torch.tensor([0.0, 1.0, 0.4] * 4, dtype=F64).requires_grad_()
+    # one-sided where t is 0 or 1, since a little outside [0, 1] the power does not exist
+    tensors = (x, t)
+
+    def ours(x: Tensor, t: Tensor) -> Tensor:
+        return FOCAL.ours(x, t, gamma=gamma, reduction="sum")
+
+    def right(x: Tensor, t: Tensor) -> Tensor:
+        return FOCAL.exact(x, t, gamma=gamma).sum()
+
+    for argnums in (0, 1):
+        gradients = [torch.func.grad(f, argnums)(*tensors) for f in (ours, right)]
+        torch.testing.assert_close(*gradients)
+        tangent = torch.randn(12, dtype=F64)
+        for f_argnums in (0, 1):
+            # forward over reverse; the tangent belongs to the one and the gradient to the other
+            mixed = []
+            for f in (ours, right):
+                gradient = torch.func.grad(f, argnums)
+                primal = tensors[f_argnums]
+
+                def of_one(v: Tensor, gradient: Any = gradient, place: int = f_argnums) -> Tensor:
+                    return gradient(*(v if i == place else a for i, a in enumerate(tensors)))
+
+                mixed.append(torch.func.jvp(of_one, (primal,), (tangent,))[1])
+            torch.testing.assert_close(*mixed)
+
+
+@each_form
+def test_create_graph(form: Form, device: str) -> None:
+    """A gradient penalty, with another upstream gradient than 1."""
+    x, t = make_input(form, (5,), F64), torch.rand(5, dtype=F64)
+    found = []
+    for function, where in ((form.ours, device), (form.theirs, "cpu")):
+        leaf = x.to(where, copy=True).requires_grad_()
+        loss = function(leaf, t.to(where), reduction="mean") * 3
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (gradient.square().sum() + loss).backward()
+        found.append(leaf.grad.cpu())
+    torch.testing.assert_close(*found)
+
+
+@each_form
+def test_is_grads_batched(form: Form, device: str) -> None:
+    x, t = make_input(form, (5,)), make_target((5,))
+    for reduction in REDUCTIONS:
+        leaf = x.to(device).requires_grad_()
+        loss = form.ours(leaf, t.to(device), reduction=reduction)
+        upstream = torch.randn(3, *loss.shape)
+        (batched,) = torch.autograd.grad(
+            loss, leaf, upstream.to(device), is_grads_batched=True, retain_graph=True
+        )
+        for one, gradient in zip(upstream, batched, strict=True):
+            right = run(form.ours, x, t, upstream=one, reduction=reduction).gradient
+            torch.testing.assert_close(gradient.cpu(), right)
+
+
+@each_form
+def test_forward_mode(form: Form, device: str) -> None:
+    x, t, tangent = make_input(form, (5,)), make_target((5,)), torch.randn(5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.to(device), tangent.to(device))
+        loss = form.ours(dual, t.to(device), reduction="sum")
+        derivative = forward_ad.unpack_dual(loss).tangent
+    right = (run(form.ours, x, t, reduction="sum").gradient * tangent).sum()
+    torch.testing.assert_close(derivative.cpu(), right)
+
+
+# ---- torch.func ----------------------------------------------------------------------------------
+
+
+class TestFunc:
+    """Each transform of ours beside the same of what it replaces."""
+
+    @pytest.fixture(params=FORMS, ids=form_id)
+    def form(self, request: pytest.FixtureRequest) -> Form:
+        return request.param
+
+    def compare(
+        self, form: Form, transform: Callable[..., Any], device: str, *tensors: Tensor
+    ) -> None:
+        ours = transform(lambda x, t: form.ours(x, t, reduction="mean"))
+        theirs = transform(lambda x, t: form.theirs(x, t, reduction="mean"))
+        found = ours(*(tensor.to(device) for tensor in tensors))
+        torch.testing.assert_close(found.cpu(), theirs(*tensors))
+
+    def tensors(self, form: Form, *shape: int) -> tuple[Tensor, Tensor]:
+        return make_input(form, shape, F64), torch.rand(shape, dtype=F64)
+
+    def test_grad(self, form: Form, device: str) -> None:
+        self.compare(form, torch.func.grad, device, *self.tensors(form, 5))
+
+    def test_grad_of_target(self, form: Form, device: str) -> None:
+        self.compare(form, lambda f: torch.func.grad(f, 1), device, *self.tensors(form, 5))
+
+    def test_vmap(self, form: Form, device: str) -> None:
+        self.compare(form, torch.func.vmap, device, *self.tensors(form, 3, 5))
+
+    def test_vmap_over_one_argument(self, form: Form, device: str) -> None:
+        x, _ = self.tensors(form, 3, 5)
+        t = torch.rand(5, dtype=F64)
+        self.compare(form, lambda f: torch.func.vmap(f, (0, None)), device, x, t)
+
+    def test_vmap_of_grad(self, form: Form, device: str) -> None:
+        self.compare(
+            form, lambda f: torch.func.vmap(torch.func.grad(f)), device, *self.tensors(form, 3, 5)
+        )
+
+    def test_hessian(self, form: Form, device: str) -> None:
+        self.compare(form, torch.func.hessian, device, *self.tensors(form, 5))
+
+    def test_jvp(self, form: Form, device: str) -> None:
+        def transform(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda x, t: torch.func.jvp(f, (x, t), (x.sin(), t.cos()))[1]
+
+        self.compare(form, transform, device, *self.tensors(form, 5))
+
+
+def test_vmap_with_extras(device: str) -> None:
+    x, t = make_input(LOGITS, (3, 6)), make_target((3, 6))
+    t[:, 0] = -1
+    options = {"ignore_index": -1, "label_smoothing": 0.1, "normalizer": 4.0}
+    found = torch.func.vmap(
+        lambda x, t, w: bce_with_logits(x, t, sample_weight=w, on_empty="zero", **options)
+    )(x.to(device), t.to(device), torch.ones(3, 6).to(device))
+    right = torch.stack([exact(LOGITS, a, b, **options) for a, b in zip(x, t, strict=True)])
+    torch.testing.assert_close(found.cpu(), right)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+class Graphs:
+    """A backend that keeps the graphs of forward and backward, and how many there were."""
+
+    def __init__(self) -> None:
+        self.code: list[str] = []
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+            self.code.append(graph.code)
+            return make_boxed_func(graph.forward)
+
+        return torch.compile(
+            function, fullgraph=True, backend=aot_autograd(fw_compiler=keep), **options
+        )
+
+    def ops(self) -> set[str]:
+        names = ("_bce_with_gradient", "_bce_backward", "_bce", "_scale_")
+        return {n for n in names for code in self.code if f"fused_ce.{n}.default" in code}
+
+
+COMPILED: dict[str, tuple[Form, dict[str, Any], torch.dtype, set[str]]] = {
+    # the gradient comes with the loss, in one op
+    "mean": (LOGITS, {}, torch.float32, {"_bce_with_gradient"}),
+    "sum": (LOGITS, {"reduction": "sum"}, torch.bfloat16, {"_bce_with_gradient"}),
+    "weights": (
+        LOGITS,
+        {"weight": torch.rand(5), "pos_weight": torch.rand(1, 5)},
+        torch.float32,
+        {"_bce_with_gradient"},
+    ),
+    "extras": (
+        LOGITS,
+        {"ignore_index": 0, "label_smoothing": 0.1, "on_empty": "zero"},
+        torch.float32,
+        {"_bce_with_gradient"},
+    ),
+    "normalizer": (LOGITS, {"normalizer": torch.tensor(3)}, torch.float32, {"_bce_with_gradient"}),
+    "sample_weight": (
+        LOGITS,
+        {"sample_weight": torch.tensor(0.5), "normalizer": 7},
+        torch.float32,
+        {"_bce_with_gradient"},
+    ),
+    "probability": (PROBABILITY, {}, torch.float32, {"_bce_with_gradient"}),
+    "focal": (FOCAL, {"reduction": "mean", "gamma": 1.5}, torch.float32, {"_bce_with_gradient"}),
+    # in backward, from the logits
+    "none": (LOGITS, {"reduction": "none"}, torch.float32, {"_bce", "_bce_backward"}),
+    "focal, none": (FOCAL, {}, torch.float32, {"_bce", "_bce_backward"}),
+    "float16": (LOGITS, {}, torch.float16, {"_bce", "_bce_backward"}),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile(name: str, dynamic: bool, device: str) -> None:
+    form, options, dtype, ops = COMPILED[name]
+    graphs = Graphs()
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    compiled = graphs.compile(lambda x, t: form.ours(x, t, **moved), dynamic=dynamic)
+    for rows in (4, 7) if dynamic else (4,):
+        x, t = make_input(form, (rows, 5), dtype), torch.rand(rows, 5).round().to(dtype)
+        right = run(form.ours, x, t, device=device, upstream=2.0, **options)
+        found = run(compiled, x, t, device=device, upstream=2.0)
+        for a, b in zip(found, right, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            torch.testing.assert_close(a, b)
+    assert graphs.ops() == ops
+    assert len(graphs.code) == 2  # one forward, one backward: the second size compiled nothing
+
+
+def test_compile_without_gradient(device: str) -> None:
+    graphs = Graphs()
+    x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
+    for reduction in REDUCTIONS:
+        compiled = graphs.compile(lambda x, t, r=reduction: bce_with_logits(x, t, reduction=r))
+        torch.testing.assert_close(compiled(x, t), bce_with_logits(x, t, reduction=reduction))
+    assert graphs.ops() == {"_bce"}
+
+
+@each_form
+def test_compile_gradients_of_all_arguments(form: Form, device: str) -> None:
+    """Composed from torch's operations, for the compiler to fuse."""
+    tensors = {name: v.float() for name, v in differentiable_arguments(form).items()}
+    function = as_function(form, list(tensors), reduction="mean")
+    gradients = []
+    for f in (function, Graphs().compile(function)):
+        leaves = [v.to(device, copy=True).requires_grad_() for v in tensors.values()]
+        gradients.append(torch.autograd.grad(f(*leaves), leaves))
+    torch.testing.assert_close(*gradients)
+
+
+def test_compile_module_around_a_model(device: str) -> None:
+    """As in training: under autocast, pos_weight a buffer, inplace_backward asked for."""
+    model = nn.Linear(5, 3).to(device)
+    loss_module = fused_ce.BCEWithLogitsLoss(pos_weight=torch.rand(3), inplace_backward=True)
+    loss_module.to(device)
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss_module(model(x), t)
+
+    graphs = Graphs()
+    x, t = torch.randn(4, 5).to(device), (torch.rand(4, 3) < 0.5).to(device)
+    found = []
+    for f in (step, graphs.compile(step)):
+        loss = f(x, t)
+        assert loss.dtype == torch.float32
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found)
+    assert graphs.ops() == {"_bce_with_gradient"}
+
+
+def test_compile_normalizer_of_the_shape(device: str) -> None:
+    compiled = Graphs().compile(
+        lambda x, t: bce_with_logits(x, t, normalizer=x.shape[0]), dynamic=True
+    )
+    for rows in (4, 7):
+        x, t = make_input(LOGITS, (rows, 5)).to(device), make_target((rows, 5)).to(device)
+        torch.testing.assert_close(compiled(x, t), bce_with_logits(x, t, normalizer=rows))
+
+
+def test_compile_of_grad(device: str) -> None:
+    x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
+    compiled = torch.compile(torch.func.grad(bce_with_logits), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t), torch.func.grad(bce_with_logits)(x, t))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inductor(reduction: str, device: str) -> None:
+    """The default backend, which checks the strides that the ops promise, and reuses memory."""
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        rows = x[:1].expand(4, 5)  # no dense strides to keep
+        return bce_with_logits(x * 2, t, reduction=reduction) + bce_with_logits(
+            rows, t, reduction=reduction
+        )
+
+    x, t = make_input(LOGITS, (4, 5)), make_target((4, 5))
+    right = run(function, x, t, device=device)
+    found = run(torch.compile(function, fullgraph=True), x, t, device=device)
+    torch.testing.assert_close(found.loss, right.loss)
+    torch.testing.assert_close(found.gradient, right.gradient)
+
+
+# ---- the ops and their fakes ---------------------------------------------------------------------
+
+
+def op_arguments(
+    x: Tensor, t: Tensor, form: int = 0, reduction: int = 1, **tensors: Tensor
+) -> tuple[Any, ...]:
+    weights = [tensors.get(name) for name in ("weight", "pos_weight", "normalizer")]
+    return (x, t, *weights, form, reduction, torch.float32, 0.1, -1, 0.25, 2.0, None, False)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2], ids=REDUCTIONS)
+@pytest.mark.parametrize("form", [0, 1, 2], ids=[f.name for f in FORMS])
+def test_opcheck(form: int, reduction: int, device: str) -> None:
+    x, t = make_input(FORMS[form], (4, 5)).to(device), make_target((4, 5)).to(device)
+    dense = op_arguments(x, t, form, reduction, weight=torch.rand(5).to(device))
+    if form == 0:
+        dense = op_arguments(
+            x, t, pos_weight=torch.rand(4, 1).to(device), normalizer=torch.tensor(3.0).to(device)
+        )
+    upstream = torch.ones(()).expand(4, 5) if reduction == 0 else torch.ones(())
+    torch.library.opcheck(OPS._bce.default, dense)
+    if reduction:
+        torch.library.opcheck(OPS._bce_with_gradient.default, (*dense, torch.empty_like(x)))
+    torch.library.opcheck(
+        OPS._bce_backward.default, (upstream.to(device), *dense, torch.empty_like(x))
+    )
+
+
+def test_opcheck_scale(device: str) -> None:
+    gradient, scale = torch.rand(4, 5).to(device), torch.tensor(3.0).to(device)
+    torch.library.opcheck(OPS._scale_.default, (gradient, scale))
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.t(),
+        lambda x: x[:, ::2],
+        lambda x: x[:1].expand(6, 4),
+        lambda x: x[:, :1].expand(6, 4),
+        lambda x: x.view(3, 2, 2, 2).contiguous(memory_format=torch.channels_last),
+        lambda x: x[:0],
+        lambda x: x[0, 0],
+    ],
+)
+def test_opcheck_strides(strided: Callable[[Tensor], Tensor], device: str) -> None:
+    x = strided(make_input(LOGITS, (6, 4)).to(device))
+    t = torch.rand(x.shape).to(device)
+    arguments = op_arguments(x, t, reduction=0)
+    torch.library.opcheck(OPS._bce.default, arguments)
+    assert OPS._bce(*arguments).stride() == torch.empty_like(x).stride()
+
+
+# ---- the rest ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export(strict: bool, device: str) -> None:
+    module = fused_ce.BCEWithLogitsLoss(pos_weight=torch.rand(5).to(device))
+    x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(
+        module, (x, t), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
+    )
+    assert "fused_ce._bce.default" in exported.graph_module.code
+    more_x, more_t = torch.cat([x, x]), torch.cat([t, t])
+    torch.testing.assert_close(exported.module()(more_x, more_t), module(more_x, more_t))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@each_reduction
+def test_checkpoint(reduction: str, use_reentrant: bool, device: str) -> None:
+    x, t = make_input(LOGITS, (4, 5)), make_target((4, 5))
+    right = run(bce_with_logits, x, t, device=device, reduction=reduction).gradient
+    leaf = x.to(device, copy=True).requires_grad_()
+    moved = t.to(device)
+    loss = checkpoint(
+        lambda x: bce_with_logits(x * 1, moved, reduction=reduction),
+        leaf,
+        use_reentrant=use_reentrant,
+    )
+    loss.backward(torch.ones(loss.shape).to(device))
+    torch.testing.assert_close(leaf.grad.cpu(), right)
+
+
+def test_inplace_backward_under_checkpoint(device: str) -> None:
+    x, t = make_input(LOGITS, (4, 5)), make_target((4, 5))
+    right = run(bce_with_logits, x, t, device=device).gradient
+    leaf, moved = x.to(device, copy=True).requires_grad_(), t.to(device)
+    loss = checkpoint(
+        lambda x: bce_with_logits(x * 1, moved, inplace_backward=True), leaf, use_reentrant=False
+    )
+    loss.backward()
+    torch.testing.assert_close(leaf.grad.cpu(), right)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fused_ce.BCEWithLogitsLoss(torch.rand(5), pos_weight=torch.rand(5), ignore_index=-1),
+        fused_ce.BCELoss(torch.rand(5), label_smoothing=0.1),
+        fused_ce.SigmoidFocalLoss(0.5, 1.5, "mean"),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_deepcopy_and_conversions(module: nn.Module, device: str) -> None:
+    x, t = torch.rand(4, 5).to(device), make_target((4, 5)).to(device)
+    module = copy.deepcopy(module).to(device)
+    twin = copy.deepcopy(module)
+    assert torch.equal(module(x, t), twin(x, t))
+    for buffer in twin.buffers():
+        buffer.zero_()
+    assert all(buffer.any() for buffer in module.buffers())
+    # A model's .half() takes the weights along; they do not promote.
+    assert module.half()(x, t).dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@each_form
+def test_cuda_graph(form: Form) -> None:
+    """Forward and backward captured: no wait, no allocation outside the pool; replayed."""
+    torch.cuda.init()
+    try:
+        torch.cuda.memory.memory_stats()["active_bytes.all.current"]
+    except KeyError:
+        pytest.skip("CUDA graphs need torch's caching allocator")
+    x, t = make_input(form, (1030,)), make_target((1030,))
+    static_x = x.cuda().requires_grad_()
+    static_t = t.cuda()
+    one = torch.ones((), device="cuda")
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = form.ours(static_x, static_t, reduction="mean")
+        return loss, torch.autograd.grad(loss, static_x, one)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # the first call may load kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = step()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        x, t = make_input(form, (1030,)), make_target((1030,))
+        with torch.no_grad():
+            static_x.copy_(x)
+        static_t.copy_(t)
+        graph.replay()
+        right = run(form.ours, x, t, reduction="mean")
+        torch.testing.assert_close(loss.cpu(), right.loss)
+        torch.testing.assert_close(gradient.cpu(), right.gradient)

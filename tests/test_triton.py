@@ -1,0 +1,723 @@
+"""The Triton ops against formulas in float64, and their compilation for GPUs that need not be here.
+
+Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are
+defined: one test runs this file in a process of its own that does so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import (
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    dtype_id,
+    exact_focal_loss,
+    exact_logits_loss,
+    exact_probability_loss,
+    on,
+    ulps,
+)
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fused_ce.triton import bce as ops  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+launches = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreted runs it so",
+)
+
+LOGITS, PROBABILITY, FOCAL = FORMS = (0, 1, 2)
+NONE, MEAN, SUM = REDUCTIONS = (0, 1, 2)
+
+SHAPES = [
+    (),  # no dimension to walk along
+    (1,),  # all dimensions drop out
+    (7,),  # less than the 8 elements of a thread
+    (1024,),  # one block exactly
+    (1025,),  # a second block with a single element
+    (3, 341),  # one short of a block, and odd
+    (5, 16, 13),  # ends amid a block, but at a multiple of 16: wide accesses and a mask
+]
+
+# Units in the last place of the result. The float32 formulas are right to 2.5, focal loss loses
+# some in the power; the interpreter cuts bfloat16 off instead of rounding it.
+ULPS = {torch.float64: 16.0, torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+
+
+class Extras(NamedTuple):
+    """What the ops take between dtype and gradient."""
+
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    alpha: float = 0.25
+    gamma: float = 2.0
+    denominator: float | None = None
+    zero_on_empty: bool = False
+
+
+class Call(NamedTuple):
+    """The tensors of a call, and which op it is."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+    normalizer: Tensor | None = None
+    form: int = LOGITS
+    reduction: int = MEAN
+    dtype: torch.dtype | None = None
+    extras: Extras = Extras()
+
+    def arguments(self) -> list[Any]:
+        tensors = [None if t is None else on(t, DEVICE) for t in self[:5]]
+        return [*tensors, self.form, self.reduction, self.dtype or self.input.dtype, *self.extras]
+
+
+def make_input(form: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape, dtype=torch.float64) * 4
+    return (torch.sigmoid(x).clamp(0.01, 0.99) if form == PROBABILITY else x).to(dtype)
+
+
+def make_target(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Hard labels, and among floats soft ones too."""
+    hard = torch.randint(2, shape, dtype=torch.float64)
+    if dtype.is_floating_point:
+        hard = torch.where(torch.rand(shape) < 0.5, hard, torch.rand(shape, dtype=torch.float64))
+    return hard.to(dtype)
+
+
+def exact(call: Call, upstream: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Loss and gradient in float64; a gradient of what is ignored is 0."""
+    extras = call.extras
+    x = call.input.detach().double().clone().requires_grad_()
+    raw = call.target.double()
+    kept = torch.ones_like(raw, dtype=torch.bool)
+    if extras.ignore_index is not None:
+        kept = raw != extras.ignore_index
+    t = raw * (1 - extras.label_smoothing) + extras.label_smoothing / 2
+    p = torch.where(kept, x, 0.5)
+    if call.form == LOGITS:
+        pos_weight = 1 if call.pos_weight is None else call.pos_weight.double()
+        loss = exact_logits_loss(p, t, pos_weight=pos_weight)
+    elif call.form == PROBABILITY:
+        loss = exact_probability_loss(p, t)
+    else:
+        loss = exact_focal_loss(p, t, extras.alpha, extras.gamma)
+    if call.weight is not None:
+        loss = loss * call.weight.double()
+    loss = torch.where(kept, loss, 0.0)
+    if call.reduction != NONE:
+        divisor = torch.tensor(1.0, dtype=torch.float64)
+        if call.reduction == MEAN:
+            divisor = kept.sum().double()
+            if extras.denominator is not None:
+                divisor = divisor * 0 + extras.denominator
+            if call.normalizer is not None:
+                divisor = call.normalizer.double()
+        loss = loss.sum()
+        loss = loss / divisor
+    (gradient,) = torch.autograd.grad(loss, x, torch.as_tensor(upstream).double().expand_as(loss))
+    return loss.detach(), torch.where(kept, gradient, 0.0)
+
+
+def check(call: Call, upstream: Tensor | None = None, limit: float | None = None) -> None:
+    """The loss, the gradient written beside it and the one of the backward op."""
+    arguments = call.arguments()
+    x = arguments[0]
+    loss, gradient = exact(call)
+    dtype = call.dtype or call.input.dtype
+    limit = limit or ULPS[dtype]
+    # Terms of either sign cancel near the minimum of a soft label's loss: those of the size of the
+    # largest gradient count.
+    largest = gradient.abs().nan_to_num(0, 0, 0).max().item() if gradient.numel() else 0.0
+    gradient_limit = limit if call.input.dtype == dtype else ULPS[call.input.dtype]
+
+    out = ops.bce(*arguments)
+    assert out is not None
+    assert out.dtype == dtype
+    assert ulps(out.cpu(), loss) <= limit
+    if call.reduction == NONE:
+        assert out.stride() == torch.empty_like(x).stride()
+    else:
+        written = torch.full_like(x, math.nan)
+        again = ops.bce(*arguments, written)
+        assert again is not None
+        assert ulps(again.cpu(), loss) <= limit
+        assert ulps(written.cpu(), gradient, scale=largest) <= gradient_limit
+
+    if upstream is None:
+        upstream = torch.rand(loss.shape).to(dtype) + 0.5
+    _, gradient = exact(call, upstream)
+    largest = gradient.abs().nan_to_num(0, 0, 0).max().item() if gradient.numel() else 0.0
+    written = torch.full_like(x, math.nan)
+    ops.bce_backward(on(upstream, DEVICE), *arguments, written)
+    assert ulps(written.cpu(), gradient, scale=largest) <= gradient_limit
+
+
+@launches
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes(form: int, reduction: int, shape: tuple[int, ...]) -> None:
+    check(Call(make_input(form, shape), make_target(shape), form=form, reduction=reduction))
+
+
+@launches
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("target_dtype", [*FLOATS, *INTEGERS], ids=dtype_id)
+def test_dtypes(target_dtype: torch.dtype, dtype: torch.dtype, form: int) -> None:
+    shape = (3, 29)
+    x, t = make_input(form, shape, dtype), make_target(shape, target_dtype)
+    # float64 labels come with a float64 loss: 1 - t needs their digits
+    loss_dtype = torch.float64 if target_dtype == torch.float64 else dtype
+    check(Call(x, t, form=form, dtype=loss_dtype))
+    check(Call(x, t, form=form, reduction=NONE, dtype=loss_dtype))
+
+
+@launches
+@pytest.mark.parametrize("loss_dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_loss_dtypes(dtype: torch.dtype, loss_dtype: torch.dtype) -> None:
+    shape = (37,)
+    x, t = make_input(LOGITS, shape, dtype), make_target(shape, loss_dtype)
+    for reduction in REDUCTIONS:
+        check(Call(x, t, reduction=reduction, dtype=loss_dtype))
+
+
+@launches
+@pytest.mark.parametrize("weight_dtype", [*FLOATS, torch.bool, torch.int64], ids=dtype_id)
+def test_weight_dtypes(weight_dtype: torch.dtype) -> None:
+    shape = (3, 5)
+    weight, pos_weight = torch.randint(4, shape).to(weight_dtype), torch.ones(5).to(weight_dtype)
+    check(Call(make_input(LOGITS, shape), make_target(shape), weight, pos_weight))
+
+
+IMAGE = (2, 3, 4, 5)
+BROADCASTS = [
+    (),  # a scalar
+    (1, 1, 1, 1),  # the same, with dimensions
+    (5,),  # the last dimension
+    (3, 1, 1),  # a class weight: the middle of a contiguous image, the last of channels_last
+    (2, 1, 1, 1),  # a sample weight
+    (2, 1, 4, 1),  # every other dimension: nothing merges
+    (2, 3, 4, 5),  # the logits' own
+]
+
+
+@launches
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", BROADCASTS, ids=str)
+def test_broadcasting(shape: tuple[int, ...], layout: str) -> None:
+    x = LAYOUTS[layout](make_input(LOGITS, IMAGE))
+    weight, pos_weight = torch.rand(shape) + 0.5, torch.rand(3, 1, 1) * 3
+    t = make_target(IMAGE)
+    check(Call(x, LAYOUTS[layout](t), weight, pos_weight))
+    check(Call(x, t, pos_weight, weight, reduction=NONE))
+
+
+@launches
+def test_every_operand_a_scalar() -> None:
+    x, t = torch.tensor(0.3).expand(3, 50), torch.tensor(1.0).expand(3, 50)
+    for reduction in REDUCTIONS:
+        check(Call(x, t, torch.tensor(2.0), reduction=reduction))
+
+
+@launches
+@pytest.mark.parametrize("upstream", ["expanded", "transposed", "half"])
+def test_upstream_of_none(upstream: str) -> None:
+    shape = (6, 9)
+    grad_output = {
+        "expanded": torch.tensor(3.0).expand(shape),  # what sum() sends
+        "transposed": torch.rand(9, 6).t(),
+        "half": torch.rand(shape).half(),
+    }[upstream]
+    check(Call(make_input(LOGITS, shape), make_target(shape), reduction=NONE), grad_output)
+
+
+@launches
+@pytest.mark.parametrize("reduction", [NONE, MEAN])
+@pytest.mark.parametrize(
+    "extras",
+    [
+        Extras(label_smoothing=0.1),
+        Extras(denominator=7.0),
+        Extras(denominator=-2.5, label_smoothing=1.0),
+        Extras(alpha=-1.0, gamma=0.0),
+        Extras(alpha=0.1, gamma=1.0),  # 0.1 rounds in float32
+        Extras(gamma=3.0, label_smoothing=0.3),
+        Extras(gamma=9.0),  # whole, but too large to multiply out
+        Extras(gamma=0.5),  # its slope is infinite at u = 0
+        Extras(gamma=2.7, alpha=1.0),
+    ],
+    ids=str,
+)
+def test_extras(extras: Extras, reduction: int) -> None:
+    shape = (3, 50)
+    for form in FORMS:
+        for dtype in (torch.float32, torch.float64):
+            x, t = make_input(form, shape, dtype), make_target(shape, dtype)
+            call = Call(x, t, form=form, reduction=reduction, extras=extras)
+            # exp(gamma * log u) multiplies the rounding of log u
+            check(call, limit=ULPS[dtype] * max(1.0, 4 * extras.gamma))
+
+
+@launches
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("target_dtype", "ignore_index"),
+    [
+        (torch.float32, -100),
+        (torch.float32, 1),  # a label, and the one number for which Triton compiles a constant
+        (torch.float16, -1),
+        (torch.float64, -100),
+        (torch.uint8, 255),
+        (torch.int8, 127),
+        (torch.int64, -(2**40)),
+        (torch.bool, 1),
+    ],
+    ids=str,
+)
+def test_ignore_index(target_dtype: torch.dtype, ignore_index: int, form: int) -> None:
+    shape = (2, 600)  # two blocks
+    x, t = make_input(form, shape), make_target(shape, target_dtype)
+    if target_dtype != torch.bool:
+        t[torch.rand(shape) < 0.4] = ignore_index
+    ignored = t.double() == ignore_index
+    assert ignored.any()
+    x[ignored] = math.nan
+    dtype = torch.float64 if target_dtype == torch.float64 else torch.float32
+    extras = Extras(ignore_index=ignore_index)
+    check(Call(x, t, form=form, dtype=dtype, extras=extras))
+    check(Call(x, t, form=form, reduction=NONE, dtype=dtype, extras=extras))
+    extras = extras._replace(denominator=11.0, label_smoothing=0.2)
+    check(Call(x, t, form=form, dtype=dtype, extras=extras))
+
+
+@launches
+@pytest.mark.parametrize(
+    ("label", "target_dtype", "ignore_index"),
+    [
+        (2**24, torch.float32, 2**24 + 1),  # which is no float32
+        (2048, torch.float16, 2049),  # which is no float16
+        (156, torch.uint8, -100),  # its bits in uint8
+        (0, torch.int32, 2**32),  # 0 in 32 bits
+    ],
+)
+def test_ignore_index_is_never_rounded(
+    label: int, target_dtype: torch.dtype, ignore_index: int
+) -> None:
+    t = torch.tensor([label, 1]).to(target_dtype)
+    call = Call(torch.tensor([0.5, -2.0]), t, extras=Extras(ignore_index=ignore_index))
+    check(call)
+    check(call._replace(reduction=NONE))
+
+
+@launches
+@pytest.mark.parametrize("zero_on_empty", [False, True])
+@pytest.mark.parametrize("why", ["no element", "all ignored", "denominator", "normalizer"])
+def test_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
+    shape = (0, 3) if why == "no element" else (4, 3)
+    ignored = torch.arange(4)[:, None].expand(4, 3) % 2 == 0
+    target = torch.full(shape, -1.0) if why != "denominator" else torch.where(ignored, -1.0, 1.0)
+    call = Call(
+        torch.ones(shape),
+        torch.where(ignored, -1.0, 1.0) if why in ("denominator", "normalizer") else target,
+        normalizer=torch.tensor(0) if why == "normalizer" else None,
+        extras=Extras(
+            ignore_index=-1,
+            zero_on_empty=zero_on_empty,
+            denominator=0.0 if why == "denominator" else None,
+        ),
+    )
+    gradient = torch.full(shape, 5.0, device=DEVICE)
+    for outputs in ([], [gradient]):
+        loss = ops.bce(*call.arguments(), *outputs)
+        assert loss is not None
+        some = why in ("denominator", "normalizer")
+        expected = 0.0 if zero_on_empty else math.inf if some else math.nan
+        torch.testing.assert_close(loss.cpu(), torch.tensor(expected), equal_nan=True)
+    kept = torch.zeros(shape, dtype=torch.bool) if not some else ~ignored
+    if zero_on_empty:
+        kept = torch.zeros_like(kept)
+    assert (gradient.cpu()[~kept] == 0).all()
+    assert not gradient.cpu()[kept].isfinite().any()
+    assert ops.bce(*call._replace(reduction=SUM).arguments()) is not None
+
+
+@launches
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+def test_normalizer(dtype: torch.dtype) -> None:
+    shape = (40,)
+    call = Call(
+        make_input(LOGITS, shape),
+        make_target(shape),
+        normalizer=torch.tensor(3).to(dtype),
+        extras=Extras(ignore_index=0, denominator=5.0),  # neither of them counts beside it
+    )
+    check(call)
+
+
+@launches
+def test_empty() -> None:
+    for reduction, expected in ((MEAN, math.nan), (SUM, 0.0)):
+        call = Call(torch.zeros(3, 0), torch.zeros(3, 0), reduction=reduction)
+        gradient = torch.zeros(3, 0, device=DEVICE)
+        loss = ops.bce(*call.arguments(), gradient)
+        assert loss is not None
+        torch.testing.assert_close(loss.cpu(), torch.tensor(expected), equal_nan=True)
+        ops.bce_backward(torch.ones((), device=DEVICE), *call.arguments(), gradient)
+    loss = ops.bce(*call._replace(reduction=NONE).arguments())
+    assert loss is not None
+    assert loss.shape == (3, 0)
+    ops.scale_(gradient, torch.ones((), device=DEVICE))
+
+
+@launches
+@pytest.mark.parametrize("form", [LOGITS, FOCAL])
+def test_tails(form: int) -> None:
+    # as far as float32 has normal losses; the subnormal ones follow in test_infinite
+    x = torch.cat([torch.linspace(-86, 86, 1001), torch.logspace(-30, 0, 50)])
+    if form == FOCAL:
+        x = x[x.abs() < 29]  # the loss is about exp(-3 x)
+    for target in (0.0, 1.0):
+        t = torch.full_like(x, target)
+        call = Call(x, t, form=form, reduction=NONE)
+        loss, gradient = exact(call, 1.0)
+        out = ops.bce(*call.arguments())
+        assert out is not None
+        limit = 2.5 if form == LOGITS else 9.0
+        assert ulps(out.cpu(), loss) <= limit
+        written = torch.empty_like(x, device=DEVICE)
+        ops.bce_backward(torch.ones_like(x, device=DEVICE), *call.arguments(), written)
+        assert ulps(written.cpu(), gradient) <= limit
+
+
+@launches
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_infinite(dtype: torch.dtype, gamma: float) -> None:
+    inf, nan = math.inf, math.nan
+    # logit, target, loss, gradient of cross entropy; the right side of an infinite logit is free
+    table = [
+        (inf, 1, 0, 0),
+        (-inf, 0, 0, 0),
+        (inf, 0, inf, 1),
+        (-inf, 1, inf, -1),
+        (inf, 0.5, inf, 0.5),
+        (nan, 1, nan, nan),
+        (nan, 0, nan, nan),
+        (1000, 1, 0, 0),
+        (-1000, 0, 0, 0),
+        (1000, 0, 1000, 1),
+        (-1000, 1, 1000, -1),
+        (100, 1, math.exp(-100), -math.exp(-100)),  # subnormal in float32
+    ]
+    x, t, loss, gradient = (torch.tensor(c, dtype=torch.float64) for c in zip(*table, strict=True))
+    x, t = x.to(dtype), t.to(dtype)
+    form = LOGITS if gamma == 0 else FOCAL
+    extras = Extras(alpha=-1.0, gamma=gamma)
+    out = ops.bce(*Call(x, t, form=form, reduction=NONE, extras=extras).arguments())
+    written = torch.full_like(x, 5.0, device=DEVICE)
+    arguments = Call(x, t, form=form, reduction=SUM, extras=extras).arguments()
+    ops.bce_backward(torch.ones((), dtype=dtype, device=DEVICE), *arguments, written)
+    assert out is not None
+    if form == FOCAL:  # what the power leaves as it is
+        same = torch.tensor([0, 1, 5, 6, 7, 8, 9, 10])
+        out, written, loss, gradient = (v.cpu()[same] for v in (out, written, loss, gradient))
+    info = torch.finfo(dtype)
+    # the interpreter has no subnormal bfloat16
+    flushed = INTERPRETED and dtype == torch.bfloat16
+    close = {"rtol": info.eps, "atol": info.tiny * (1 if flushed else 2**-20), "equal_nan": True}
+    torch.testing.assert_close(out.cpu(), loss.to(dtype), **close)
+    torch.testing.assert_close(written.cpu(), gradient.to(dtype), **close)
+
+
+@launches
+def test_focal_outside_of_the_unit_interval() -> None:
+    # 1 - p_t is negative on one side: whole powers of it exist, others do not
+    x = torch.tensor([-4.0, -3.0, 3.0, 4.0], dtype=torch.float64)
+    t = torch.tensor([-0.5, 1.5, -0.5, 1.5], dtype=torch.float64)
+    u = torch.sigmoid(-x) * t + torch.sigmoid(x) * (1 - t)
+    assert (u < 0).sum() == 2
+    for gamma in (3.0, 4.0, 9.0, 10.0):
+        check(Call(x, t, form=FOCAL, reduction=NONE, extras=Extras(gamma=gamma)), limit=200.0)
+    arguments = Call(x, t, form=FOCAL, reduction=NONE, extras=Extras(gamma=2.5)).arguments()
+    out = ops.bce(*arguments)
+    assert out is not None
+    assert torch.equal(out.cpu().isnan(), u < 0)
+
+
+@launches
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_probabilities_at_and_beyond_the_ends(dtype: torch.dtype) -> None:
+    nan = math.nan
+    close = 1 - torch.finfo(dtype).eps / 2  # the number below 1
+    # probability, target, loss, gradient
+    table = [
+        (0, 1, 100, -1e12),  # both logs stop at -100, p (1 - p) at 1e-12
+        (1, 0, 100, 1e12),
+        (0, 0, 0, 0),
+        (1, 1, 0, 0),
+        (1e-42, 1, 42 * math.log(10), -1e12),  # subnormal in float32
+        (1e-30, 0, 1e-30, 1e-18),
+        (close, 1, 1 - close, None),
+        (-1e-3, 0, nan, nan),
+        (1.001, 1, nan, nan),
+        (nan, 0, nan, nan),
+    ]
+    p, t, loss = (torch.tensor(c, dtype=torch.float64) for c in list(zip(*table, strict=True))[:3])
+    p, t = p.to(dtype), t.to(dtype)
+    call = Call(p, t, form=PROBABILITY, reduction=NONE)
+    out = ops.bce(*call.arguments())
+    assert out is not None
+    rtol = 4 * torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        loss[4] = -math.log(p[4].double())  # few bits are left of 1e-42
+    torch.testing.assert_close(out.cpu(), loss.to(dtype), rtol=rtol, atol=0, equal_nan=True)
+    written = torch.empty_like(p, device=DEVICE)
+    ops.bce_backward(torch.ones((), dtype=dtype, device=DEVICE), *call.arguments(), written)
+    for got, (*_, expected) in zip(written.cpu(), table, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(
+                got, torch.tensor(expected, dtype=dtype), rtol=rtol, atol=0, equal_nan=True
+            )
+
+
+@launches
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_gradient_over_the_input(layout: str, dtype: torch.dtype) -> None:
+    x, t = LAYOUTS[layout](make_input(LOGITS, IMAGE, dtype)), make_target(IMAGE, dtype)
+    arguments = Call(x, t, extras=Extras(ignore_index=0)).arguments()
+    apart = torch.empty_like(arguments[0])
+    loss = ops.bce(*arguments, apart)
+    assert loss is not None
+    over = ops.bce(*arguments, arguments[0])
+    assert over is not None
+    assert torch.equal(over, loss)
+    assert torch.equal(arguments[0], apart)
+
+
+@launches
+@pytest.mark.parametrize("factor", [1.0, -0.5, math.inf])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_scale(dtype: torch.dtype, factor: float) -> None:
+    for layout in ("contiguous", "channels_last", "sliced"):
+        gradient = on(LAYOUTS[layout](torch.randn(IMAGE).to(dtype)), DEVICE)
+        expected = gradient.double() * factor
+        ops.scale_(gradient, torch.tensor(factor, device=DEVICE))
+        assert torch.equal(gradient.double(), expected)
+
+
+@launches
+def test_scale_in_double() -> None:
+    gradient = torch.ones(3, dtype=torch.float64, device=DEVICE)
+    factor = torch.tensor(1 + 2.0**-40, dtype=torch.float64, device=DEVICE)
+    ops.scale_(gradient, factor)
+    assert torch.equal(gradient, factor.expand(3))
+
+
+@launches
+@pytest.mark.parametrize("numel", [5 * 1024, 5 * 1024 - 1], ids=["whole", "odd"])
+def test_many_blocks_per_program(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
+    # Otherwise that takes four million elements.
+    monkeypatch.setattr(ops, "PROGRAMS", 4)
+    monkeypatch.setattr(ops, "COUNTERS", 2)
+    x, t = make_input(LOGITS, (numel,)), make_target((numel,))
+    for extras in (Extras(), Extras(ignore_index=1)):
+        for reduction in REDUCTIONS:
+            check(Call(x, t, reduction=reduction, extras=extras))
+    gradient = torch.randn(numel, device=DEVICE)
+    doubled = gradient * 2
+    ops.scale_(gradient, torch.tensor(2.0, device=DEVICE))
+    assert torch.equal(gradient, doubled)
+
+
+@launches
+def test_sums_are_in_double_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Partial sums of 2^24, and a last one of 8 or so: float32 would lose half of it.
+    monkeypatch.setattr(ops, "BLOCK", 16)
+    x = torch.full((40 * 16,), 2.0**20)
+    x[-16:] = 0.5
+    call = Call(x, torch.zeros_like(x), reduction=SUM)
+    out = ops.bce(*call.arguments())
+    assert out is not None
+    assert ulps(out.cpu(), exact(call)[0]) <= 0.5
+
+
+@launches
+def test_same_bits_again() -> None:
+    shape = (5000,)
+    arguments = Call(make_input(LOGITS, shape), make_target(shape)).arguments()
+    first, second = ops.bce(*arguments), ops.bce(*arguments)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+
+
+@launches
+def test_64_bit_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    collapse = ops._collapse
+    monkeypatch.setattr(ops, "_collapse", lambda *a: (*collapse(*a)[:2], tl.uint64))
+    x, t = make_input(LOGITS, IMAGE), make_target(IMAGE)
+    check(Call(x, t, pos_weight=torch.rand(3, 1, 1), extras=Extras(ignore_index=0)))
+    gradient = torch.ones(7, device=DEVICE)
+    ops.scale_(gradient, torch.tensor(2.0, device=DEVICE))
+    assert (gradient == 2).all()
+
+
+DENSE = (60, 20, 5, 1)
+CHANNELS_LAST = (60, 1, 15, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "sizes", "simple"),
+    [
+        ((2, 3, 4, 5), [DENSE, DENSE], (), ((1,), (1,))),
+        ((2, 3, 4, 5), [CHANNELS_LAST, CHANNELS_LAST], (), ((1,), (1,))),
+        ((2, 3, 4, 5), [DENSE, (0, 0, 0, 0)], (), ((1,), ())),
+        ((2, 3, 4, 5), [DENSE, (0, 0, 0, 1)], (5,), ((1, 5), (1, None))),
+        ((2, 3, 4, 5), [DENSE, (0, 1, 0, 0)], (20, 3), ((1, 20, 60), (None, 1, None))),
+        ((2, 3, 4, 5), [CHANNELS_LAST, (0, 1, 0, 0)], (3,), ((1, 3), (1, None))),
+        ((2, 3, 4, 5), [CHANNELS_LAST, DENSE], (3, 20), ((1, 3, 60), (20, 1, 60))),
+        ((4, 6), [(14, 2)], (6,), ((2, 14),)),
+        ((), [(), ()], (), ((1,), (1,))),
+        ((1, 1), [(7, 7)], (), ((1,),)),
+    ],
+)
+def test_dimensions_merge(
+    shape: tuple[int, ...],
+    strides: list[tuple[int, ...]],
+    sizes: tuple[int, ...],
+    simple: tuple[ops.Strides, ...],
+) -> None:
+    assert ops._collapse(shape, tuple(strides)) == (sizes, simple, tl.uint32)
+
+
+def test_index_type() -> None:
+    # by number of elements, and by how far the last one lies
+    assert ops._collapse((2**31 - 1,), ((1,),))[2] == tl.uint32
+    assert ops._collapse((2**31,), ((1,),))[2] == tl.uint64
+    assert ops._collapse((3, 2), ((2**30, 1), (2, 1)))[2] == tl.uint64
+    assert ops._collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_compiles(dtype: str, capability: int) -> None:
+    """Every kernel, form and branch, for GPUs that need not be here."""
+    indexing = {"ALIGNED": True, "INDEX": tl.uint32, "BLOCK": ops.BLOCK}
+    mean = {"counts": None, "counters": "i32", "normalizer": None, "denominator": "fp64"}
+    compute = tl.float64 if dtype == "fp64" else tl.float32
+    flat, wide = (f"*{dtype}", ("i32",)), (f"*{dtype}", ("i32", "i64"))
+    partial = "*fp64" if dtype == "fp64" else "*fp32"
+
+    def compile_(kernel: Any, **parameters: Any) -> None:
+        """A str is the type of an argument, everything else is constant."""
+        names = kernel.arg_names
+        assert set(parameters) == set(names)
+
+        def is_type(value: Any) -> bool:
+            return isinstance(value, (str, tuple))
+
+        signature = {n: parameters[n] if is_type(parameters[n]) else "constexpr" for n in names}
+        constants = {n: parameters[n] for n in names if not is_type(parameters[n])}
+        source = triton.compiler.ASTSource(kernel, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
+
+    elements = {
+        "input": flat,
+        "target": flat,
+        **dict.fromkeys(("weight", "pos_weight", "upstream", "gradient", "loss", "sums")),
+        **mean,
+        **dict.fromkeys(("numel", "iterations"), "i32"),
+        "sizes": (),
+        "ignore_index": None,
+        **dict.fromkeys(("label_smoothing", "alpha", "gamma", "parity"), "fp64"),
+        "SMOOTH": False,
+        "POWER": 2,
+        "ZERO_ON_EMPTY": False,
+        "COUNTERS": ops.COUNTERS,
+        "COMPUTE": compute,
+        **indexing,
+    }
+    for form in FORMS:
+        compile_(ops._elements, **{**elements, "FORM": form, "gradient": flat, "sums": partial})
+    everything = {
+        "weight": wide,
+        "pos_weight": wide,
+        "upstream": ("*bf16", ()),
+        "input": wide,
+        "target": ("*u8", ("i32", "i64")),
+        "gradient": wide,
+        "counts": "*i32",
+        "numel": "i64",
+        "sizes": ("i32",),
+        "ignore_index": "i32",
+        "SMOOTH": True,
+        "POWER": -1,
+        "ZERO_ON_EMPTY": True,
+        "ALIGNED": False,
+        "INDEX": tl.uint64,
+    }
+    for form in FORMS:
+        compile_(ops._elements, **{**elements, **everything, "FORM": form})
+    counted = {"loss": flat, "sums": partial, "counts": "*i32", "ignore_index": "i64"}
+    compile_(ops._elements, **{**elements, **counted, "FORM": LOGITS})
+    compile_(
+        ops._count,
+        target=flat,
+        counts="*i32",
+        numel="i32",
+        iterations="i32",
+        sizes=(),
+        ignore_index="i32",
+        **indexing,
+    )
+    for divisor in ({}, {"counts": "*i32"}, {"normalizer": "*i64"}):
+        compile_(
+            ops._finish,
+            result=f"*{dtype}",
+            sums=partial,
+            programs="i32",
+            ZERO_ON_EMPTY=True,
+            PROGRAMS=ops.PROGRAMS,
+            **{**mean, **divisor},
+        )
+    compile_(
+        ops._scale,
+        gradient=flat,
+        scale="*fp32",
+        numel="i32",
+        iterations="i32",
+        sizes=(),
+        COMPUTE=compute,
+        **indexing,
+    )
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests above have run already")
+def test_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
