@@ -1,8 +1,9 @@
 """Loads the native library, and decides which implementation serves each op on each device.
 
-There is one dispatch path: an op of csrc/ops.cpp has one implementation on each device's dispatch key.
-The CPU's, and CUDA's where it was compiled, come from the native library. On CUDA without native
-kernels, Triton's are registered on the same key, and plain PyTorch where there is no Triton either.
+There is one dispatch path: an op of csrc/ops.cpp has one implementation on each device's dispatch
+key. The CPU's, and CUDA's where it was compiled, come from the native library. On CUDA without
+native kernels, Triton's are registered on the same key, and plain PyTorch where there is no Triton
+either.
 Forcing a backend registers another implementation on the same keys.
 """
 
@@ -113,7 +114,7 @@ def _register() -> None:
         if name == "native":
             continue
         if _library is None:
-            _library = torch.library.Library("fused_ce", "IMPL")  # noqa: TOR901
+            _library = torch.library.Library("fused_ce", "IMPL")
         implementation = (_triton_ops() if name == "triton" else _REFERENCE)[op]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -121,9 +122,9 @@ def _register() -> None:
 
 
 def set_backend(name: str | None) -> None:
-    """Forces the implementation of every op: "native" (C++ and CUDA), "triton" or "reference" (plain
-    PyTorch); None lets each device have its best. The environment variable FUSED_CE_BACKEND does the
-    same at import.
+    """Forces the implementation of every op: "native" (C++ and CUDA), "triton" or "reference"
+    (plain PyTorch); None lets each device have its best. The environment variable FUSED_CE_BACKEND
+    does the same at import.
 
     Raises ValueError for an unknown name, and RuntimeError where no device of this installation has
     that backend.
@@ -159,8 +160,8 @@ def backend(name: str | None) -> Iterator[None]:
 def check() -> None:
     """Raises RuntimeError for bad input that a CUDA kernel has found since the last call.
 
-    Waits for the current device's work to end first. Without this call, the next call into the package
-    after the kernel has run raises it.
+    Waits for the current device's work to end first. Without this call, the next call into the
+    package after the kernel has run raises it.
     """
     if "CUDA" in _devices_in_use() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -171,7 +172,9 @@ def check() -> None:
 
 def table() -> list[tuple[str, str, str]]:
     """(op, device, backend) for every op and device of this installation."""
-    return [(op, device.lower(), _serving[op, device]) for device in _devices_in_use() for op in OPS]
+    return [
+        (op, device.lower(), _serving[op, device]) for device in _devices_in_use() for op in OPS
+    ]
 
 
 def build_info() -> dict[str, str]:

@@ -361,7 +361,7 @@ def _check_broadcast(shape: torch.Size, full: torch.Size, swapped: bool) -> None
             )
         enlarges = True
     if enlarges:
-        broadcast = torch.broadcast_shapes(shape, full)  # type: ignore[no-untyped-call]
+        broadcast = torch.broadcast_shapes(shape, full)
         raise RuntimeError(
             f"output with shape {list(full)} doesn't match the broadcast shape {list(broadcast)}"
         )

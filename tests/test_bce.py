@@ -598,7 +598,6 @@ def target_with_ignored(shape: tuple[int, ...], index: float = IGNORED) -> Tenso
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "ignore_index": {"ignore_index": -1},
-    "ignore_index of a float32 only": {"ignore_index": 2**24 + 1},  # no target rounds to it
     "label_smoothing": {"label_smoothing": 0.1},
     "all smoothed": {"label_smoothing": 1.0},
     "weights of rows": {"sample_weight": torch.linspace(0, 2, 6)},

@@ -262,11 +262,10 @@ def elements(case: Case, x: Tensor, t: Tensor, pos: Tensor) -> dict[str, Element
     """Loss and derivatives of each element by input, target and pos_weight, unweighted, from
     formulas in which nothing cancels at hard labels."""
     smoothing = case.options.get("label_smoothing", 0.0)
-    t_terms = t.abs() * (1 - smoothing) + smoothing / 2
-    t = t * (1 - smoothing) + smoothing / 2
-    a = 1 - t
-    # Once t is smoothed, 1 - t is a difference of rounded numbers.
-    a_terms = 1 + t_terms if smoothing else a.abs()
+    t_terms, a_terms = (v.abs() * (1 - smoothing) + smoothing / 2 for v in (t, 1 - t))
+    t, a = (v * (1 - smoothing) + smoothing / 2 for v in (t, 1 - t))
+    if smoothing and case.form != "logits":
+        a_terms = 1 + t_terms  # where 1 - t is formed from the smoothed t
     if case.form == "probability":
         log_p, log_q = x.log().clamp(min=-100), torch.log1p(-x).clamp(min=-100)
         slope = 1 / (x * (1 - x)).clamp(min=1e-12)

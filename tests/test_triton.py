@@ -259,6 +259,7 @@ def test_upstream_of_none(upstream: str) -> None:
         Extras(label_smoothing=0.1),
         Extras(denominator=7.0),
         Extras(denominator=-2.5, label_smoothing=1.0),
+        Extras(alpha=0.999, label_smoothing=0.999),  # 1 - 0.999 is off by 1e-5 in float32
         Extras(alpha=-1.0, gamma=0.0),
         Extras(alpha=0.1, gamma=1.0),  # 0.1 rounds in float32
         Extras(gamma=3.0, label_smoothing=0.3),
@@ -652,7 +653,8 @@ def test_compiles(dtype: str, capability: int) -> None:
         **dict.fromkeys(("numel", "iterations"), "i32"),
         "sizes": (),
         "ignore_index": None,
-        **dict.fromkeys(("label_smoothing", "alpha", "gamma", "parity"), "fp64"),
+        **dict.fromkeys(("smooth_scale", "smooth_shift", "alpha", "beta"), "fp64"),
+        **dict.fromkeys(("gamma", "parity"), "fp64"),
         "SMOOTH": False,
         "POWER": 2,
         "ZERO_ON_EMPTY": False,

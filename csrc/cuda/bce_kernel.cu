@@ -1,9 +1,9 @@
-// Binary cross entropy on CUDA. Two kernels do all forms: `flat_kernel` the plain loss on logits
-// that lie dense in memory, `general_kernel` everything else (weights, strides, dtypes, options,
-// probabilities, focal). Both read each operand once, write each result once, and leave one partial
-// sum a block; the block that ends last adds these up. `prepare_kernel` runs before them: it resets
-// the ticket that tells which block that is, and counts the targets that are not ignored where a
-// mean needs their number.
+// Binary cross entropy on CUDA. Two kernels do all forms: `flat_kernel` the loss on logits that lie
+// dense in memory, weighted or not; `general_kernel` everything else (other strides and dtypes,
+// options, probabilities, focal). Both read each operand once, write each result once, and leave
+// one partial sum a block; the block that ends last adds these up. `prepare_kernel` runs before
+// them: it resets the ticket that tells which block that is, and counts the targets that are not
+// ignored where a mean needs their number.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -28,9 +28,59 @@ struct FlatParams {
   int64_t numel;
   float scale;         // of each gradient
   double denominator;  // of the loss
+  CudaSpace space;
+  CudaOperand weight, pos_weight,
+      factor;  // each [*space]; `factor` is an unreduced upstream gradient
 };
 
-template <class T, class Target, Output kOutput, Precision kPrecision>
+template <class S, int kCount>
+__device__ __forceinline__ void load_period(const CudaOperand& operand, int64_t period,
+                                            int64_t offset, float (&out)[kCount]) {
+  const S* data = static_cast<const S*>(operand.data);
+  if (operand.aligned && (operand.access == CudaOperand::kFlat || period % kCount == 0)) {
+    Group<S, kCount> group = *reinterpret_cast<const Group<S, kCount>*>(data + offset);
+    unpack(group, out);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    out[i] = to_real<float>(data[offset]);
+    offset = offset + 1 == period ? 0 : offset + 1;
+  }
+}
+
+// One element of a weight of type float or T.
+template <class T>
+__device__ __forceinline__ float load_weight(const CudaOperand& operand, int64_t offset) {
+  return operand.dtype == Dtype::kFloat32
+             ? static_cast<const float*>(operand.data)[offset]
+             : to_real<float>(static_cast<const T*>(operand.data)[offset]);
+}
+
+// Elements first .. first + kCount of one whose access is not kStrided; 1 where it is absent.
+template <class T, int kCount>
+__device__ __forceinline__ void load_weights(const CudaOperand& operand, const CudaSpace& space,
+                                             int64_t first, float (&out)[kCount]) {
+  if (operand.access == CudaOperand::kAbsent || operand.access == CudaOperand::kScalar) {
+    float value = operand.access == CudaOperand::kAbsent ? 1.0f : load_weight<T>(operand, 0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = value;
+    return;
+  }
+  int64_t period = operand.access == CudaOperand::kFlat ? space.numel : space.sizes[0];
+  int64_t offset = first;
+  if (operand.access == CudaOperand::kPeriodic) {
+    offset -= static_cast<int64_t>(__umul64hi(first, space.reciprocals[0])) * period;
+    if (offset >= period) offset -= period;
+  }
+  if (operand.dtype == Dtype::kFloat32) {
+    load_period<float>(operand, period, offset, out);
+  } else {
+    load_period<T>(operand, period, offset, out);
+  }
+}
+
+template <class T, class Target, Output kOutput, Precision kPrecision, bool kWeighted>
 __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ FlatParams p) {
   constexpr int kCount = 16 / sizeof(T);
   using Inputs = Group<T, kCount>;
@@ -46,15 +96,23 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
   }
   float sum = 0;
 
-  auto evaluate = [&](float x, float t) {
-    auto value = BceLogits::evaluate<kPrecision>(x, 1.0f - t, t, 1.0f, scale);
+  auto evaluate = [&](float x, float t, float weight, float pos_weight, float factor) {
+    LossAndGradient<float> value;
+    if constexpr (kWeighted) {
+      float negative = 1.0f - t, positive = pos_weight * t;
+      value = BceLogits::evaluate<kPrecision>(x, negative, positive, negative + positive, scale);
+      value.loss *= weight;
+      value.gradient *= weight * factor;
+    } else {
+      value = BceLogits::evaluate<kPrecision>(x, 1.0f - t, t, 1.0f, scale);
+    }
     if (kSums) sum += value.loss;
     return kWritesGradient ? value.gradient : value.loss;
   };
   auto work = [&](int64_t at, const Inputs& input, const Targets& target) {
     float x[kCount], t[kCount];
     unpack(input, x);
-    if constexpr (kSums && kPrecision == Precision::kHalf) {
+    if constexpr (kSums && kPrecision == Precision::kHalf && !kWeighted) {
       float gradient[kCount];
       unpack_negated(target, t);
       float group = bce_logits_group<kWritesGradient>(x, t, scale, gradient);
@@ -62,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
         sum += group;
       } else {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) evaluate(x[i], -t[i]);
+        for (int i = 0; i < kCount; ++i) evaluate(x[i], -t[i], 1.0f, 1.0f, 1.0f);
       }
       if constexpr (kWritesGradient) {
         Inputs result;
@@ -72,8 +130,17 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
       return;
     }
     unpack(target, t);
+    float weight[kCount], pos_weight[kCount], factor[kCount];
+    if constexpr (kWeighted) {
+      load_weights<T>(p.weight, p.space, at * kCount, weight);
+      load_weights<T>(p.pos_weight, p.space, at * kCount, pos_weight);
+      load_weights<T>(p.factor, p.space, at * kCount, factor);
+    }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = evaluate(x[i], t[i]);
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = kWeighted ? evaluate(x[i], t[i], weight[i], pos_weight[i], factor[i])
+                       : evaluate(x[i], t[i], 1.0f, 1.0f, 1.0f);
+    }
     if constexpr (kOutput != Output::kSum) {
       Inputs result;
       pack(x, result);
@@ -84,20 +151,29 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
   int64_t groups = p.numel / kCount;
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  // Two groups at a time, so that four loads are in flight.
-  for (; at + step < groups; at += 2 * step) {
+  // Two groups at a time, so that four loads are in flight. Weights are loads enough.
+  for (; !kWeighted && at + step < groups; at += 2 * step) {
     Inputs first_input = inputs[at], second_input = inputs[at + step];
     Targets first_target = targets[at], second_target = targets[at + step];
     work(at, first_input, first_target);
     work(at + step, second_input, second_target);
   }
-  if (at < groups) work(at, inputs[at], targets[at]);
+  for (; at < groups; at += step) {
+    Inputs input = inputs[at];
+    Targets target = targets[at];
+    work(at, input, target);
+  }
 
   int64_t tail = groups * kCount + threadIdx.x;
   if (blockIdx.x == 0 && tail < p.numel) {
     float x = to_real<float>(static_cast<const T*>(p.input)[tail]);
     float t = to_real<float>(static_cast<const Target*>(p.target)[tail]);
-    float result = evaluate(x, t);
+    auto one = [&](const CudaOperand& operand) {
+      return operand.data == nullptr ? 1.0f
+                                     : load_weight<T>(operand, offset_of(operand, p.space, tail));
+    };
+    float result = kWeighted ? evaluate(x, t, one(p.weight), one(p.pos_weight), one(p.factor))
+                             : evaluate(x, t, 1.0f, 1.0f, 1.0f);
     if constexpr (kOutput != Output::kSum) {
       static_cast<T*>(kWritesGradient ? p.gradient : p.loss)[tail] = from_real<T>(result);
     }
@@ -201,29 +277,46 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, class Target, Precision kPrecision>
+template <class T, class Target, Precision kPrecision, bool kWeighted>
 void launch_flat(const FlatParams& params, int blocks, cudaStream_t stream) {
   if (params.loss_scalar.data != nullptr) {
     if (params.gradient != nullptr) {
-      flat_kernel<T, Target, Output::kSumAndGradient, kPrecision>
+      flat_kernel<T, Target, Output::kSumAndGradient, kPrecision, kWeighted>
           <<<blocks, kThreads, 0, stream>>>(params);
     } else {
-      flat_kernel<T, Target, Output::kSum, kPrecision><<<blocks, kThreads, 0, stream>>>(params);
+      flat_kernel<T, Target, Output::kSum, kPrecision, kWeighted>
+          <<<blocks, kThreads, 0, stream>>>(params);
     }
   } else if (params.gradient != nullptr) {
-    flat_kernel<T, Target, Output::kGradient, Precision::kHalf>
+    flat_kernel<T, Target, Output::kGradient, kPrecision, kWeighted>
         <<<blocks, kThreads, 0, stream>>>(params);
   } else {
-    flat_kernel<T, Target, Output::kLoss, kPrecision><<<blocks, kThreads, 0, stream>>>(params);
+    flat_kernel<T, Target, Output::kLoss, kPrecision, kWeighted>
+        <<<blocks, kThreads, 0, stream>>>(params);
   }
 }
 
-template <class T, Precision kPrecision>
+template <class T, Precision kPrecision, bool kWeighted>
 void launch_flat(const FlatParams& params, bool byte_targets, int blocks, cudaStream_t stream) {
   if (byte_targets) {
-    launch_flat<T, uint8_t, kPrecision>(params, blocks, stream);
+    launch_flat<T, uint8_t, kPrecision, kWeighted>(params, blocks, stream);
   } else {
-    launch_flat<T, T, kPrecision>(params, blocks, stream);
+    launch_flat<T, T, kPrecision, kWeighted>(params, blocks, stream);
+  }
+}
+
+template <class T>
+void launch_flat(const FlatParams& params, bool half_precision, bool byte_targets, int blocks,
+                 cudaStream_t stream) {
+  bool weighted = params.weight.data != nullptr || params.pos_weight.data != nullptr ||
+                  params.factor.data != nullptr;
+  if (weighted) {
+    launch_flat<T, Precision::kFull, true>(params, byte_targets, blocks, stream);
+  } else if (sizeof(T) == 2 && half_precision) {
+    launch_flat<T, sizeof(T) == 2 ? Precision::kHalf : Precision::kFull, false>(
+        params, byte_targets, blocks, stream);
+  } else {
+    launch_flat<T, Precision::kFull, false>(params, byte_targets, blocks, stream);
   }
 }
 
@@ -237,10 +330,15 @@ bool is_flat(const BceArguments& a, const BceKernelParams& p) {
   auto same = [&](const CudaOperand& operand) {
     return operand.data == nullptr || (flat(operand) && operand.dtype == p.input.dtype);
   };
-  return !a.in_double && a.form == BceForm::kLogits && !a.weight && !a.pos_weight &&
-         !a.normalizer && !a.has_ignore_index && a.target_shift == 0 && flat(p.input) &&
-         flat(p.target) && (same(p.target) || is_byte(p.target.dtype)) && same(p.loss) &&
-         same(p.gradient) && (!a.upstream || p.upstream.access == CudaOperand::kScalar);
+  auto weights = [&](const CudaOperand& operand) {
+    return operand.data == nullptr ||
+           (operand.access != CudaOperand::kStrided &&
+            (operand.dtype == Dtype::kFloat32 || operand.dtype == p.input.dtype));
+  };
+  return !a.in_double && a.form == BceForm::kLogits && weights(p.weight) && weights(p.pos_weight) &&
+         (p.upstream.access == CudaOperand::kScalar || weights(p.upstream)) && !a.normalizer &&
+         !a.has_ignore_index && a.target_shift == 0 && flat(p.input) && flat(p.target) &&
+         (same(p.target) || is_byte(p.target.dtype)) && same(p.loss) && same(p.gradient);
 }
 
 BceWorkspace carve(void* memory, int blocks) {
@@ -300,29 +398,30 @@ void launch_bce(const BceArguments& a, const BcePlan& plan, void* workspace, Rep
   }
   if (a.space.numel == 0 && !reduces) return;
   if (p.denominator != 0 && is_flat(a, p)) {
+    bool scalar_upstream = p.upstream.access == CudaOperand::kScalar;
     FlatParams flat{a.input.data,
                     a.target.data,
                     p.loss.data,
                     a.gradient.data,
-                    {a.upstream.data, a.upstream.dtype},
+                    {scalar_upstream ? a.upstream.data : nullptr, a.upstream.dtype},
                     p.loss_scalar,
                     p.workspace,
                     a.space.numel,
                     static_cast<float>(1.0 / p.denominator),
-                    p.denominator};
+                    p.denominator,
+                    p.space,
+                    p.weight,
+                    p.pos_weight,
+                    scalar_upstream ? CudaOperand{} : p.upstream};
     bool byte_targets = is_byte(a.target.dtype);
     switch (a.input.dtype) {
       case Dtype::kBFloat16:
-        return a.half_precision ? launch_flat<__nv_bfloat16, Precision::kHalf>(flat, byte_targets,
-                                                                               plan.blocks, stream)
-                                : launch_flat<__nv_bfloat16, Precision::kFull>(flat, byte_targets,
-                                                                               plan.blocks, stream);
+        return launch_flat<__nv_bfloat16>(flat, a.half_precision, byte_targets, plan.blocks,
+                                          stream);
       case Dtype::kFloat16:
-        return a.half_precision
-                   ? launch_flat<__half, Precision::kHalf>(flat, byte_targets, plan.blocks, stream)
-                   : launch_flat<__half, Precision::kFull>(flat, byte_targets, plan.blocks, stream);
+        return launch_flat<__half>(flat, a.half_precision, byte_targets, plan.blocks, stream);
       default:
-        return launch_flat<float, Precision::kFull>(flat, byte_targets, plan.blocks, stream);
+        return launch_flat<float>(flat, a.half_precision, byte_targets, plan.blocks, stream);
     }
   }
   if (a.in_double) {

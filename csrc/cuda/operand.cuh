@@ -30,7 +30,8 @@ struct CudaSpace {
 };
 
 struct CudaOperand {
-  // kPeriodic: dense along dimension 0 and broadcast along the others, as a weight for each class is.
+  // kPeriodic: dense along dimension 0 and broadcast along the others, as a weight for each class
+  // is.
   enum Access : int32_t { kAbsent, kFlat, kScalar, kPeriodic, kStrided };
   void* data;
   Dtype dtype;

@@ -125,9 +125,9 @@ def _probability(p, a, t):
 
 
 @triton.jit
-def _focal(x, a, t, alpha, gamma, parity, POWER: tl.constexpr):
-    """alpha_t * u^gamma * cross entropy, u = 1 - p_t, and its derivative. POWER is a small whole
-    gamma or -1.
+def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
+    """(alpha * t + beta * a) * u^gamma * cross entropy, where u = 1 - p_t, and its derivative. POWER
+    is a small whole gamma or -1.
     """
     y, e, r, log1p = _parts(x)
     loss, slope = _logits(x, a, t, 1.0, y, e, r, log1p)
@@ -151,7 +151,7 @@ def _focal(x, a, t, alpha, gamma, parity, POWER: tl.constexpr):
         log_u = log_v - log1p
         modulation = tl.exp(gamma * log_u) * tl.where(v < 0.0, parity, 1.0)
         modulation_slope = gamma * modulation * (a - t) * r * tl.where(only_n, 1.0 / n, e / v)
-    alpha_t = tl.where(alpha >= 0.0, alpha * t + (1.0 - alpha) * a, 1.0)
+    alpha_t = alpha * t + beta * a
     return alpha_t * modulation * loss, alpha_t * (modulation * slope + loss * modulation_slope)
 
 
@@ -268,9 +268,11 @@ def _elements(
     numel,
     iterations,
     sizes,
-    label_smoothing: tl.float64,
     ignore_index,
+    smooth_scale: tl.float64,
+    smooth_shift: tl.float64,
     alpha: tl.float64,
+    beta: tl.float64,
     gamma: tl.float64,
     parity: tl.float64,
     FORM: tl.constexpr,
@@ -284,7 +286,12 @@ def _elements(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    smoothing = tl.full([], label_smoothing, COMPUTE)
+    smooth_scale = tl.full([], smooth_scale, COMPUTE)
+    smooth_shift = tl.full([], smooth_shift, COMPUTE)
+    alpha = tl.full([], alpha, COMPUTE)
+    beta = tl.full([], beta, COMPUTE)
+    gamma = tl.full([], gamma, COMPUTE)
+    parity = tl.full([], parity, COMPUTE)
     if gradient is not None:
         divisor = _divisor(counts, counters, normalizer, denominator, COUNTERS)
         scale = (1.0 / divisor).to(COMPUTE)
@@ -301,8 +308,8 @@ def _elements(
         t = t.to(COMPUTE)
         a = 1.0 - t
         if SMOOTH:
-            a = a * (1.0 - smoothing) + 0.5 * smoothing
-            t = t * (1.0 - smoothing) + 0.5 * smoothing
+            a = a * smooth_scale + smooth_shift
+            t = t * smooth_scale + smooth_shift
         if FORM == LOGITS:
             y, e, r, log1p = _parts(x)
             if pos_weight is None:
@@ -313,15 +320,7 @@ def _elements(
         elif FORM == PROBABILITY:
             value, slope = _probability(x, a, t)
         else:
-            value, slope = _focal(
-                x,
-                a,
-                t,
-                tl.full([], alpha, COMPUTE),
-                tl.full([], gamma, COMPUTE),
-                tl.full([], parity, COMPUTE),
-                POWER,
-            )
+            value, slope = _focal(x, a, t, alpha, beta, gamma, parity, POWER)
         if weight is not None:
             w = _load(weight, index, sizes, mask).to(COMPUTE)
             value *= w
@@ -512,9 +511,11 @@ def _run(
                 numel=numel,
                 iterations=iterations,
                 sizes=sizes,
-                label_smoothing=label_smoothing,
                 ignore_index=ignore_index,
-                alpha=alpha,
+                smooth_scale=1.0 - label_smoothing,
+                smooth_shift=0.5 * label_smoothing,
+                alpha=alpha if alpha >= 0 else 1.0,
+                beta=1.0 - alpha if alpha >= 0 else 1.0,
                 gamma=gamma,
                 parity=1.0 - 2.0 * (gamma % 2) if gamma % 1 == 0 else math.nan,
                 FORM=form,
