@@ -73,17 +73,18 @@ def bce(
     if kept is not None:
         x = torch.where(kept, x, 0.0)
         t = torch.where(kept, t, 0.0)
-    if label_smoothing != 0:
-        t = t * (1 - label_smoothing) + label_smoothing / 2
+    # 1 - t is smoothed by itself: formed from a smoothed t it would lose digits.
+    negative = (1 - t) * (1 - label_smoothing) + label_smoothing / 2
+    t = t * (1 - label_smoothing) + label_smoothing / 2
     if form == PROBABILITY:
         loss = F.binary_cross_entropy(x, t, reduction="none")
     else:
         positive = t if pos_weight is None else pos_weight.to(compute) * t
-        loss = _times(1 - t, x, 1) + _times(positive, x, -1)
+        loss = _times(negative, x, 1) + _times(positive, x, -1)
     if form == FOCAL:
         loss = loss * _focal_modulation(x, t, gamma)
         if alpha >= 0:
-            loss = loss * (alpha * t + (1 - alpha) * (1 - t))
+            loss = loss * (alpha * t + (1 - alpha) * negative)
     if weight is not None:
         loss = loss * weight.to(compute)
     if kept is not None:

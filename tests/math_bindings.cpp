@@ -40,11 +40,12 @@ void put(V v, ScalarOf<V>* to, py::ssize_t count) {
 template <class V, class F, class... More>
 Array<ScalarOf<V>> map(F f, const Array<ScalarOf<V>>& first, const More&... more) {
   py::ssize_t length = first.size();
-  constexpr bool kPair = !std::is_same_v<decltype(f(V{}, (static_cast<void>(more), V{})...)), V>;
+  using Value = decltype(f(take<V>(first, 0), take<V>(more, 0)...));
+  constexpr bool kPair = !std::is_same_v<Value, V>;
   Array<ScalarOf<V>> out(kPair ? 2 * length : length);
   ScalarOf<V>* to = out.mutable_data();
   for (py::ssize_t i = 0; i < length; i += kWidth<V>) {
-    auto value = f(take<V>(first, i), take<V>(more, i)...);
+    Value value = f(take<V>(first, i), take<V>(more, i)...);
     if constexpr (kPair) {
       put(value.loss, to + i, length - i);
       put(value.gradient, to + length + i, length - i);
@@ -121,7 +122,6 @@ void define_conversions(py::module_ m) {
 }  // namespace
 
 PYBIND11_MODULE(math_bindings, m) {
-  m.attr("lanes") = kLanes;
   auto scalar = m.def_submodule("scalar"), vector = m.def_submodule("vector");
   define_math<float>(scalar);
   define_math<Floats>(vector);

@@ -126,8 +126,9 @@ def _probability(p, a, t):
 
 @triton.jit
 def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
-    """(alpha * t + beta * a) * u^gamma * cross entropy, where u = 1 - p_t, and its derivative. POWER
-    is a small whole gamma or -1.
+    """(alpha * t + beta * a) * u^gamma * cross entropy, with u = 1 - p_t, and its derivative.
+
+    POWER is a small whole gamma or -1.
     """
     y, e, r, log1p = _parts(x)
     loss, slope = _logits(x, a, t, 1.0, y, e, r, log1p)
@@ -136,7 +137,7 @@ def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
     v = m + n * e  # u = r * v
     if POWER == 0:
         modulation = 1.0
-        modulation_slope = 0.0
+        modulation_slope = tl.zeros_like(x)
     elif POWER > 0:
         u = r * v
         lower = 1.0  # u^(gamma - 1)
@@ -151,8 +152,9 @@ def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
         log_u = log_v - log1p
         modulation = tl.exp(gamma * log_u) * tl.where(v < 0.0, parity, 1.0)
         modulation_slope = gamma * modulation * (a - t) * r * tl.where(only_n, 1.0 / n, e / v)
+    steeper = tl.where(modulation_slope == 0.0, 0.0, loss * modulation_slope)  # not inf * 0
     alpha_t = alpha * t + beta * a
-    return alpha_t * modulation * loss, alpha_t * (modulation * slope + loss * modulation_slope)
+    return alpha_t * modulation * loss, alpha_t * (modulation * slope + steeper)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
