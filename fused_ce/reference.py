@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Held here, since fused_ce.patch may put ours in its place.
+_torch_bce = F.binary_cross_entropy
+
 LOGITS, PROBABILITY, FOCAL = 0, 1, 2
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -77,7 +80,7 @@ def bce(
     negative = (1 - t) * (1 - label_smoothing) + label_smoothing / 2
     t = t * (1 - label_smoothing) + label_smoothing / 2
     if form == PROBABILITY:
-        loss = F.binary_cross_entropy(x, t, reduction="none")
+        loss = _torch_bce(x, t, reduction="none")
     else:
         positive = t if pos_weight is None else pos_weight.to(compute) * t
         loss = _times(negative, x, 1) + _times(positive, x, -1)

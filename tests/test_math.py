@@ -32,6 +32,8 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler named c++")
+    if not (HERE.parent / "csrc").is_dir():
+        pytest.skip("the C++ sources are not beside the tests")
     if request.param == "avx2" and not CAPABILITY.startswith("AVX"):
         pytest.skip(f"this machine's instruction set is {CAPABILITY}")
     module = tmp_path_factory.mktemp(request.param) / "math_bindings.so"

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fused_ce
+from fused_ce.patch import patched_functional, replace_losses
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 3.0]), reduction="sum")
+        self.nested = nn.ModuleList([nn.BCELoss(weight=torch.tensor([1.0, 5.0]))])
+        self.other = nn.MSELoss()
+
+
+def test_replace_losses() -> None:
+    x, t = torch.randn(4, 2), torch.rand(4, 2)
+    before = Model().eval()
+    after = replace_losses(Model().eval())
+    assert type(after.logits) is fused_ce.BCEWithLogitsLoss
+    assert type(after.nested[0]) is fused_ce.BCELoss
+    assert type(after.other) is nn.MSELoss
+    assert not after.logits.training
+    assert after.state_dict().keys() == before.state_dict().keys()
+    torch.testing.assert_close(after.logits(x, t), before.logits(x, t))
+    p = x.sigmoid()
+    torch.testing.assert_close(after.nested[0](p, t), before.nested[0](p, t))
+
+
+def test_replace_a_loss_itself() -> None:
+    assert type(replace_losses(nn.BCELoss())) is fused_ce.BCELoss
+
+
+def test_subclasses_are_left_alone() -> None:
+    class Mine(nn.BCELoss):
+        pass
+
+    assert type(replace_losses(nn.Sequential(Mine()))[0]) is Mine
+
+
+def test_patched_functional() -> None:
+    original = nn.functional.binary_cross_entropy_with_logits
+    x, t = torch.randn(4, 2, requires_grad=True), torch.rand(4, 2)
+    # What torch refuses and ours takes shows which one ran.
+    target = t > 0.5
+    with pytest.raises(RuntimeError):
+        nn.BCEWithLogitsLoss()(x, target)
+    with patched_functional():
+        loss = nn.BCEWithLogitsLoss()(x, target)
+        # The composition of a second derivative calls torch's own function, not the patched one.
+        p = x.sigmoid()
+        (first,) = torch.autograd.grad(nn.BCELoss()(p, t), p, create_graph=True)
+        first.sum().backward()
+    torch.testing.assert_close(loss, original(x, target.float()))
+    assert nn.functional.binary_cross_entropy_with_logits is original
+    with pytest.raises(ZeroDivisionError), patched_functional():
+        raise ZeroDivisionError
+    assert nn.functional.binary_cross_entropy_with_logits is original
