@@ -412,7 +412,7 @@ def test_tails(form: int) -> None:
 
 @launches
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("gamma", [-1.0, 0.0, 0.5, 2.0])  # -1: logits
 def test_infinite(dtype: torch.dtype, gamma: float) -> None:
     inf, nan = math.inf, math.nan
     # logit, target, loss, gradient of cross entropy; the right side of an infinite logit is free
@@ -432,7 +432,7 @@ def test_infinite(dtype: torch.dtype, gamma: float) -> None:
     ]
     x, t, loss, gradient = (torch.tensor(c, dtype=torch.float64) for c in zip(*table, strict=True))
     x, t = x.to(dtype), t.to(dtype)
-    form = LOGITS if gamma == 0 else FOCAL
+    form = LOGITS if gamma < 0 else FOCAL
     extras = Extras(alpha=-1.0, gamma=gamma)
     out = ops.bce(*Call(x, t, form=form, reduction=NONE, extras=extras).arguments())
     written = torch.full_like(x, 5.0, device=DEVICE)
@@ -440,7 +440,7 @@ def test_infinite(dtype: torch.dtype, gamma: float) -> None:
     ops.bce_backward(torch.ones((), dtype=dtype, device=DEVICE), *arguments, written)
     assert out is not None
     if form == FOCAL:  # what the power leaves as it is
-        same = torch.tensor([0, 1, 5, 6, 7, 8, 9, 10])
+        same = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
         out, written, loss, gradient = (v.cpu()[same] for v in (out, written, loss, gradient))
     info = torch.finfo(dtype)
     # the interpreter has no subnormal bfloat16
@@ -482,6 +482,9 @@ def test_probabilities_at_and_beyond_the_ends(dtype: torch.dtype) -> None:
         (-1e-3, 0, nan, nan),
         (1.001, 1, nan, nan),
         (nan, 0, nan, nan),
+        (0.5, 1.001, nan, nan),
+        (0.5, -1e-3, nan, nan),
+        (0.5, nan, nan, nan),
     ]
     p, t, loss = (torch.tensor(c, dtype=torch.float64) for c in list(zip(*table, strict=True))[:3])
     p, t = p.to(dtype), t.to(dtype)

@@ -113,7 +113,6 @@ def _logits(x, a, b, ab, y, e, r, log1p):
 @triton.jit
 def _probability(p, a, t):
     """-t log(p) - a log(1 - p), both logs clamped at -100, and torch's derivative."""
-    p = tl.where((p >= 0.0) & (p <= 1.0), p, float("nan"))  # raising would take a sync
     q = 1.0 - p
     log_p = _log(p, tl.zeros_like(p))
     log_q = _log(q, (1.0 - q) - p)
@@ -308,6 +307,11 @@ def _elements(
         if ignore_index is not None:
             keep = mask & _is_kept(t, ignore_index)
         t = t.to(COMPUTE)
+        if (
+            FORM == PROBABILITY
+        ):  # torch raises where either is out of range, which would take a sync
+            in_range = (x >= 0.0) & (x <= 1.0) & (t >= 0.0) & (t <= 1.0)
+            x = tl.where(in_range, x, float("nan"))
         a = 1.0 - t
         if SMOOTH:
             a = a * smooth_scale + smooth_shift
