@@ -307,11 +307,9 @@ def _elements(
         if ignore_index is not None:
             keep = mask & _is_kept(t, ignore_index)
         t = t.to(COMPUTE)
-        if (
-            FORM == PROBABILITY
-        ):  # torch raises where either is out of range, which would take a sync
+        if FORM == PROBABILITY:
             in_range = (x >= 0.0) & (x <= 1.0) & (t >= 0.0) & (t <= 1.0)
-            x = tl.where(in_range, x, float("nan"))
+            x = tl.where(in_range, x, float("nan"))  # torch raises, which would take a sync
         a = 1.0 - t
         if SMOOTH:
             a = a * smooth_scale + smooth_shift
