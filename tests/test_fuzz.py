@@ -461,11 +461,12 @@ def check(case: Case, device: Any) -> None:
     host = Call(*(v.detach().cpu() if isinstance(v, Tensor) else v for v in call))
     right = expected(case, host)
     # Three units for the formula (and 2.5 for the focal factor: an exponential, two products and a
-    # sum) and half a unit for each further rounding (two for pos_weight); in float64 as much again
-    # for the oracle, which is no better.
+    # sum) and half a unit for each further rounding: of a weight and its product, for pos_weight a
+    # sum too, of 1 / denominator and its product, of the upstream gradient's product. In float64 as
+    # much again for the oracle, which is no better.
     weights = sum(v is not None for v in (call.weight, call.sample_weight))
-    ulps = 3 + 2.5 * (case.form == "focal") + 0.5 * weights + (call.pos_weight is not None)
-    ulps += 0.5 * (case.upstream != 1) + 0.5 * (case.options["reduction"] == "mean")
+    ulps = 3 + 2.5 * (case.form == "focal") + weights + 1.5 * (call.pos_weight is not None)
+    ulps += 0.5 * (case.upstream != 1) + (case.options["reduction"] == "mean")
     compute = torch.float32
     if torch.float64 in (call.input.dtype, loss.dtype):
         compute, ulps = torch.float64, 2 * ulps
