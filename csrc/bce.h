@@ -4,11 +4,11 @@
 
 #include "elementwise.h"
 #include "math.h"
+#include "reduction.h"
 
 namespace fused_ce {
 
 enum class BceForm : int32_t { kLogits, kProbability, kFocal };
-enum class Reduction : int32_t { kNone, kMean, kSum };  // torch's numbers
 
 struct BceArguments {
   IndexSpace space;
@@ -43,12 +43,6 @@ template <class Scalar>
 FUSED_CE_HOST_DEVICE FocalOptions<Scalar> focal_options(const FocalOptions<double>& o) {
   return {static_cast<Scalar>(o.positive), static_cast<Scalar>(o.negative),
           static_cast<Scalar>(o.gamma), static_cast<Scalar>(o.parity)};
-}
-
-// What multiplies the summed loss and each gradient. A denominator of 0 gives sum / 0, or 0 on
-// demand.
-FUSED_CE_HOST_DEVICE double inverse_of(double denominator, bool zero_on_empty) {
-  return denominator == 0 && zero_on_empty ? 0.0 : 1.0 / denominator;
 }
 
 }  // namespace fused_ce

@@ -16,11 +16,27 @@
   "int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, float alpha, "  \
   "float gamma, float? denominator, bool zero_on_empty"
 
+#define FUSED_CE_SOFTMAX_CE_ARGUMENTS                                                         \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "  \
+  "int reduction, ScalarType dtype, int ignore_index, float label_smoothing, float softcap, " \
+  "float logit_scale, float z_loss, float? denominator, bool zero_on_empty"
+#define FUSED_CE_SOFTMAX_CE_RESULTS \
+  "(Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct)"
+
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   // csrc/{cpu,cuda}/bce.cpp
   m.def("_bce(" FUSED_CE_BCE_ARGUMENTS ") -> Tensor");
   m.def("_bce_with_gradient(" FUSED_CE_BCE_ARGUMENTS ", Tensor(a!) gradient) -> Tensor");
   m.def("_bce_backward(Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS ", Tensor(a!) gradient) -> ()");
+  // csrc/{cpu,cuda}/softmax_ce.cpp
+  m.def("_softmax_ce(" FUSED_CE_SOFTMAX_CE_ARGUMENTS
+        ", int outputs) -> " FUSED_CE_SOFTMAX_CE_RESULTS);
+  m.def("_softmax_ce_with_gradient(" FUSED_CE_SOFTMAX_CE_ARGUMENTS
+        ", int outputs, Tensor(a!) gradient) -> " FUSED_CE_SOFTMAX_CE_RESULTS);
+  m.def(
+      "_softmax_ce_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? "
+      "grad_entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
+      ", Tensor? lse, Tensor? entropy, Tensor(a!) gradient) -> ()");
   // csrc/{cpu,cuda}/scale.cpp
   m.def("_scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

@@ -41,13 +41,19 @@ inline Dtype dtype_of(ScalarType type) {
   }
 }
 
+inline bool is_float(ScalarType type) { return dtype_of(type) <= Dtype::kBFloat16; }
+
+inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
+      "Expected all tensors to be on the same device, but ", name, " is not on the input's");
+}
+
 // The operand for `tensor`, broadcast (trailing-aligned) to the space. Its own device must be
 // `like`'s.
 inline void set_operand(Operand& operand, const Tensor& tensor, const IndexSpace& space,
                         const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
-      "Expected all tensors to be on the same device, but ", name, " is not on the input's");
+  check_device(tensor, like, name);
   auto sizes = tensor.sizes();
   auto strides = tensor.strides();
   int shift = space.rank - static_cast<int>(sizes.size());
