@@ -50,7 +50,11 @@ def _differentiated(
     gradient: Tensor,
 ) -> tuple[Tensor, ...]:
     """The results of `function`; writes the gradient of `input`, given that of the results."""
-    with torch.enable_grad():
+    # An op may be called below autograd, as it is from compiled code.
+    with_autograd = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with with_autograd, torch.enable_grad():
         leaf = input.detach().requires_grad_()
         results = function(leaf, *options)
         seeded = [

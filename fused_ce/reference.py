@@ -197,9 +197,9 @@ def _softmax_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse, entropy, prediction and correctness of every row, ignored ones too."""
     dim = 1 if input.dim() > 1 else 0
-    lse = entropy = input.new_empty(0, dtype=compute)
-    prediction = input.new_empty(0, dtype=torch.int64)
-    correct = input.new_empty(0, dtype=torch.bool)
+    lse, entropy, prediction, correct = (
+        input.new_empty(0, dtype=dtype) for dtype in (compute, compute, torch.int64, torch.bool)
+    )
     if outputs:
         logits = _capped(input, compute, logit_scale, softcap)
     if outputs & LSE:

@@ -152,7 +152,12 @@ def cross_entropy(
             inplace_backward=inplace_backward,
         )
     code = reduction_code(reduction, size_average, reduce)
-    _check_types(input, target, weight)
+    if not isinstance(input, Tensor):
+        raise _type_error("input", 1, "Tensor", input)
+    if not isinstance(target, Tensor):
+        raise _type_error("target", 2, "Tensor", target)
+    if weight is not None and not isinstance(weight, Tensor):
+        raise _type_error("weight", 3, "Tensor", weight)
     if type(ignore_index) is not int:
         ignore_index = _read_index(ignore_index)
     if type(label_smoothing) is not float:
@@ -224,15 +229,11 @@ def cross_entropy(
     return loss, CrossEntropyStats(**{name: stat for (name, bit), stat in named if outputs & bit})
 
 
-def _check_types(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    for place, (name, value) in enumerate(
-        (("input", input), ("target", target), ("weight", weight)), 1
-    ):
-        if not isinstance(value, Tensor) and not (value is None and name == "weight"):
-            raise TypeError(
-                f"cross_entropy_loss(): argument '{name}' (position {place}) must be Tensor, not "
-                f"{type(value).__name__}"
-            )
+def _type_error(name: str, position: int, expected: str, found: Any) -> TypeError:
+    return TypeError(
+        f"cross_entropy_loss(): argument '{name}' (position {position}) must be {expected}, not "
+        f"{type(found).__name__}"
+    )
 
 
 def _read_index(index: Any) -> int:
@@ -244,10 +245,7 @@ def _read_index(index: Any) -> int:
             return operator.index(index)
         except TypeError:
             pass
-    raise TypeError(
-        "cross_entropy_loss(): argument 'ignore_index' (position 5) must be int, not "
-        f"{type(index).__name__}"
-    )
+    raise _type_error("ignore_index", 5, "int", index)
 
 
 def _read_smoothing(smoothing: Any) -> float:
@@ -256,10 +254,7 @@ def _read_smoothing(smoothing: Any) -> float:
             return float(smoothing)
         except TypeError:
             pass
-    raise TypeError(
-        "cross_entropy_loss(): argument 'label_smoothing' (position 6) must be float, not "
-        f"{type(smoothing).__name__}"
-    )
+    raise _type_error("label_smoothing", 6, "float", smoothing)
 
 
 def _read_probabilities(target: Tensor, ignore_index: int) -> Tensor:
@@ -405,15 +400,14 @@ class _SoftmaxCE(torch.autograd.Function):
         options: tuple[Any, ...],
         overwritten: Overwritten | None,
     ) -> Any:
-        ctx.options = options[:-1]
-        outputs = options[-1]
+        *shared, outputs = options
         compiling = torch.compiler.is_compiling()
         needs_gradient = ctx.needs_input_grad[0]
         waits = outputs & (LSE | ENTROPY) and (compiling or overwritten is not None)
         gradient = None
         if needs_gradient and options[0] != NONE and not waits:
             gradient = forward_gradient(input, overwritten)
-        arguments = (input, target, weight, sample_weight, normalizer, *ctx.options)
+        arguments = (input, target, weight, sample_weight, normalizer, *shared)
         if gradient is None:
             computed = outputs | LSE if needs_gradient else outputs
             results = _softmax_ce_op(*arguments, computed)
@@ -421,6 +415,7 @@ class _SoftmaxCE(torch.autograd.Function):
             computed = outputs
             results = _softmax_ce_with_gradient_op(*arguments, computed, gradient)
         loss, lse, entropy, prediction, correct = results
+        ctx.options = options
         ctx.overwritten = overwritten
         saved: list[Tensor | None] = [
             input if compiling or overwritten is None else None,
@@ -439,9 +434,10 @@ class _SoftmaxCE(torch.autograd.Function):
         if not outputs:
             return loss
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            prediction, correct, *(() if needs_gradient else (lse, entropy))
-        )
+        constant = [prediction, correct]
+        constant += [] if needs_gradient and outputs & LSE else [lse]
+        constant += [] if needs_gradient and outputs & ENTROPY else [entropy]
+        ctx.mark_non_differentiable(*constant)
         return results
 
     @staticmethod
@@ -453,13 +449,19 @@ class _SoftmaxCE(torch.autograd.Function):
         *_: None,
     ) -> tuple[Tensor | None, ...]:
         input, target, weight, sample_weight, normalizer, lse, entropy, *rest = ctx.saved_tensors
-        grads = (grad_loss, grad_lse, grad_entropy)
+        *options, outputs = ctx.options
+        # Dynamo gives results without a derivative an upstream gradient too.
+        grads = (
+            grad_loss,
+            grad_lse if outputs & LSE else None,
+            grad_entropy if outputs & ENTROPY else None,
+        )
         if torch.compiler.is_compiling():
             gradient = rest[0]
             if gradient is not None:
                 return (gradient * grad_loss, *(None,) * 6)
             gradient = torch.empty_like(input)
-            arguments = (input, target, weight, sample_weight, normalizer, *ctx.options)
+            arguments = (input, target, weight, sample_weight, normalizer, *options)
             _softmax_ce_backward_op(*grads, *arguments, lse, entropy, gradient)
             return (gradient, *(None,) * 6)
 
@@ -471,11 +473,8 @@ class _SoftmaxCE(torch.autograd.Function):
         tensors = (input, target, weight, sample_weight)
 
         def composed(needs: tuple[bool, ...]) -> list[Tensor | None]:
-            has_lse, has_entropy = grad_lse is not None, grad_entropy is not None
-            outputs = LSE * has_lse | ENTROPY * has_entropy
-
             def function(*tensors: Any) -> tuple[Tensor, ...]:
-                return reference.softmax_ce(*(*tensors, normalizer, *ctx.options, outputs))
+                return reference.softmax_ce(*(*tensors, normalizer, *ctx.options))
 
             return composed_gradients(function, tensors, needs, grads)
 
@@ -492,15 +491,13 @@ class _SoftmaxCE(torch.autograd.Function):
         if not needs[0]:
             return (None, *others, None, None, None)
         ctx.gradient = None
-        if gradient is not None and grad_lse is None and grad_entropy is None:
+        if gradient is not None and grads[1] is None and grads[2] is None:
             _scale_op(gradient, grad_loss)
             return (gradient, *others, None, None, None)
         if gradient is None:
             gradient = torch.empty_like(input) if overwritten is None else input
         try:
-            _softmax_ce_backward_op(
-                *grads, *tensors, normalizer, *ctx.options, lse, entropy, gradient
-            )
+            _softmax_ce_backward_op(*grads, *tensors, normalizer, *options, lse, entropy, gradient)
         except RuntimeError as error:  # what an earlier call has found on CUDA
             raise_index_error(str(error))
             raise
