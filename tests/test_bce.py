@@ -26,6 +26,7 @@ from cases import (
     REDUCTIONS,
     Form,
     Result,
+    allocated,
     dtype_id,
     exact,
     exact_focal_loss,
@@ -97,16 +98,6 @@ def check_against_torch(
         error, allowed = ulps(a, c, scale), max(ulps(b, c, scale), FLOOR[a.dtype])
         assert error <= allowed, f"{name}: {error:.2f} ulp, torch {ulps(b, c, scale):.2f}"
     return ours
-
-
-def allocated(function: Callable[[], Any]) -> int:
-    """Bytes that torch allocates in the call, on the CPU."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
 # ---- numbers -------------------------------------------------------------------------------------
