@@ -25,16 +25,16 @@ class Overwritten:
 
     def check(self, has_gradient: bool) -> None:
         """Whether backward may go on: it has the gradient still, or can compute it."""
+        if self.holds_gradient and not has_gradient:
+            raise RuntimeError(
+                "Trying to backward through a loss with inplace_backward=True a second time, "
+                "but its logits have been overwritten by the gradient."
+            )
         if self.logits._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
                 "inplace operation: the logits given to a loss with inplace_backward=True, whose "
                 "memory holds the gradient"
-            )
-        if self.holds_gradient and not has_gradient:
-            raise RuntimeError(
-                "Trying to backward through a loss with inplace_backward=True a second time, "
-                "but its logits have been overwritten by the gradient."
             )
 
 

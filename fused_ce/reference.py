@@ -111,14 +111,17 @@ def _capped(input: Tensor, compute: torch.dtype, logit_scale: float, softcap: fl
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def _of_label(log_p: Tensor, label: Tensor, dim: int) -> Tensor:
+def _of_label(log_p: Tensor, label: Tensor, kept: Tensor, dim: int) -> Tensor:
     """log_p of each row's label. A label out of range raises on the CPU; elsewhere, where torch's
     gather would end the process's CUDA context, the row becomes NaN with its gradient."""
-    if log_p.size(dim) == 0:  # all rows are ignored
-        return log_p.sum(dim)
-    if log_p.device.type == "cpu":
+    classes, on_cpu = log_p.size(dim), log_p.device.type == "cpu"
+    if classes == 0:  # gather refuses the ignored rows' label too
+        if on_cpu and kept.any():
+            raise IndexError(f"Target {label[kept][0]} is out of bounds.")
+        return torch.where(kept, torch.nan, log_p.sum(dim))
+    if on_cpu:
         return log_p.gather(dim, label.unsqueeze(dim)).squeeze(dim)
-    inside = (label >= 0) & (label < log_p.size(dim))
+    inside = (label >= 0) & (label < classes)
     found = log_p.gather(dim, torch.where(inside, label, 0).unsqueeze(dim)).squeeze(dim)
     return found * torch.where(inside, 1.0, torch.nan)
 
@@ -164,10 +167,10 @@ def softmax_ce(
         count = loss.numel()
     else:
         label = torch.where(kept, target.long(), 0)
-        loss = -_of_label(log_p, label, dim)
+        loss = -_of_label(log_p, label, kept, dim)
         row_weight = kept.to(compute)
         if w is not None:
-            row_weight = torch.where(kept, _of_label(w.expand_as(log_p), label, dim), 0.0)
+            row_weight = torch.where(kept, _of_label(w.expand_as(log_p), label, kept, dim), 0.0)
             loss = loss * row_weight
         if label_smoothing:
             smooth = -(log_p if w is None else log_p * w).sum(dim)

@@ -280,6 +280,7 @@ def _read_labels(target: Tensor, shape: torch.Size, rows: torch.Size) -> Tensor:
                 f"({found[0] if found else 0})."
             )
         if len(shape) == 4 and len(found) == 3:
+            _check_label_dtype(target)
             raise RuntimeError(f"size mismatch (got input: {list(shape)} , target: {list(found)}")
         if len(shape) == 4:
             raise RuntimeError(
@@ -290,18 +291,23 @@ def _read_labels(target: Tensor, shape: torch.Size, rows: torch.Size) -> Tensor:
             raise RuntimeError(f"Expected target size {list(rows)}, got {list(found)}")
         if len(found) > 1:
             raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
+        _check_label_dtype(target)
         if found[0] != 1:
             raise ValueError(
                 f"For 1D input, 1D target must have size 1, but got target size: {found[0]}"
             )
         target = target.reshape(rows)
+    _check_label_dtype(target)
+    if target.layout is not torch.strided:
+        raise NotImplementedError(f"cross_entropy needs strided labels, not {target.layout}")
+    return target
+
+
+def _check_label_dtype(target: Tensor) -> None:
     if target.dtype not in LABELS:
         raise RuntimeError(
             f"expected target dtype to be Long or Byte, but got {dtype_name(target.dtype)}"
         )
-    if target.layout is not torch.strided:
-        raise NotImplementedError(f"cross_entropy needs strided labels, not {target.layout}")
-    return target
 
 
 def _read_weight(

@@ -274,8 +274,9 @@ def test_options(dtype: torch.dtype, weighted: bool, label_smoothing: float, dev
     for t in (make_labels(shape), ignoring(make_labels(shape)), make_probabilities(shape)):
         for reduction in REDUCTIONS:
             options = {"weight": weight, "label_smoothing": label_smoothing}
-            # the smoothed part is a sum of its own
-            check(x, t, device, floor=3, reduction=reduction, **options)
+            # Torch's operations on smoothed labels are off by up to 20 units themselves.
+            floor = 2 if is_native(device) else 5
+            check(x, t, device, floor=floor, reduction=reduction, **options)
 
 
 def test_negative_weights_and_targets_of_any_value(device: str) -> None:
