@@ -471,6 +471,8 @@ class _SoftmaxCE(torch.autograd.Function):
             _softmax_ce_backward_op(*grads, *arguments, lse, entropy, gradient)
             return (gradient, *(None,) * 6)
 
+        if all(grad is None for grad in grads):
+            return (None,) * 7
         needs = ctx.needs_input_grad[:4]
         overwritten, gradient = ctx.overwritten, ctx.gradient
         if overwritten is not None:
