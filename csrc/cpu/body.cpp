@@ -11,26 +11,20 @@ namespace {
 
 constexpr int kBlock = 1024;
 
-template <class Real>
+// T is the type of the logits as they lie and of what is stored, Target the targets'. The other
+// operands are of the computing type, Real.
+template <class T, class Target, class Real>
 struct Block {
-  const Real* input;     // [count]
-  const Real* target;    // [count]
+  const T* input;        // [count]
+  const Target* target;  // [count]
   const Real* negative;  // [count] 1 - target where smoothing has made it, or null
   const Real* positive;  // [count] pos_weight, or null
   const Real* weight;    // [count] or null
   const Real* upstream;  // [count] or null
-  Real* loss;            // [count] or null
-  Real* gradient;        // [count] or null
-  int count;             // a multiple of the lanes
-};
-
-template <class Real>
-struct VectorOf {
-  using type = Real;
-};
-template <>
-struct VectorOf<float> {
-  using type = Floats;
+  Real common_upstream;  // that of every element where it is one and the same, else 1
+  T* loss;               // [count] or null
+  T* gradient;           // [count] or null
+  int count;             // a multiple of kStep
 };
 
 struct FloatsSum {
@@ -42,63 +36,103 @@ struct FloatsSum {
     return sum;
   }
 };
+
+// What Real is computed in, how its vectors are added up, and how many elements a step takes.
 template <class Real>
-struct SumOf {
-  using type = Sum;
+struct Computing;
+template <>
+struct Computing<float> {
+  using Vector = Floats;
+  using Total = FloatsSum;
+  static constexpr int kStep = 2 * kLanes;
 };
 template <>
-struct SumOf<float> {
-  using type = FloatsSum;
+struct Computing<double> {
+  using Vector = double;
+  using Total = Sum;
+  static constexpr int kStep = 2;
+};
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// What is wanted of a block. kOptions: there are operands besides logits and targets.
+template <BceForm form, Precision precision, bool loss, bool gradient, bool options>
+struct Want {
+  static constexpr BceForm kForm = form;
+  static constexpr Precision kPrecision = precision;
+  static constexpr bool kLoss = loss, kGradient = gradient, kOptions = options;
 };
 
-// kLoss and kGradient say what is wanted; the optional operands are tested once a vector, which
-// costs nothing beside the arithmetic. Losses are added up in float64: a few in the vector's own
-// type first.
-template <class Real, BceForm kForm, Precision kPrecision, bool kLoss, bool kGradient>
-double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
-  using V = typename VectorOf<Real>::type;
-  constexpr int kStep = sizeof(V) / sizeof(Real);
-  constexpr int kVectorsPerSum = 8;
+// Losses are added up in float64: a few in the vector's own type first.
+template <class W, class T, class Target, class Real>
+double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
+  using V = typename Computing<Real>::Vector;
+  constexpr int kStep = Computing<Real>::kStep;
+  constexpr int kStepsPerSum = 4;
   const FocalOptions<Real> focal = focal_options<Real>(a.focal);
   const V one = V{} + static_cast<Real>(1);
   const V factor = V{} + scale;
-  typename SumOf<Real>::type sum;
-  for (int first = 0; first < block.count;) {
-    int last = first + kVectorsPerSum * kStep;
+  const V common = V{} + block.common_upstream;
+  typename Computing<Real>::Total sum;
+
+  auto evaluate = [&](V x, V t, V negative, V positive)
+                      __attribute__((always_inline)) -> LossAndGradient<V> {
+    if constexpr (W::kForm == BceForm::kLogits) {
+      if constexpr (W::kOptions) {
+        return BceLogits::evaluate<W::kPrecision>(x, negative, positive, negative + positive,
+                                                  factor);
+      } else {
+        return BceLogits::evaluate<W::kPrecision>(x, one - t, t, one, factor);
+      }
+    } else {
+      LossAndGradient<V> value;
+      if constexpr (W::kForm == BceForm::kProbability) {
+        value = BceProbability::evaluate(x, t);
+      } else {
+        value = FocalLogits::evaluate<W::kPrecision>(x, t, focal);
+      }
+      value.gradient *= factor;
+      return value;
+    }
+  };
+  auto others = [&](const Real* p, int at, Two<V> absent)
+                    __attribute__((always_inline)) {  // [count] or null
+                      return p != nullptr ? load_two<T>(p + at) : absent;
+                    };
+  for (int at = 0; at < block.count;) {
+    int last = at + kStepsPerSum * kStep;
     if (last > block.count) last = block.count;
     V few{};
-    for (; first < last; first += kStep) {
-      V x = load(block.input + first);
-      V t = load(block.target + first);
-      LossAndGradient<V> value;
-      if constexpr (kForm == BceForm::kLogits) {
-        V negative = block.negative != nullptr ? load(block.negative + first) : one - t;
-        if (block.positive != nullptr) {
-          V positive = load(block.positive + first) * t;
-          value =
-              BceLogits::evaluate<kPrecision>(x, negative, positive, negative + positive, factor);
-        } else {
-          value = BceLogits::evaluate<kPrecision>(x, negative, t, one, factor);
-        }
-      } else {
-        if constexpr (kForm == BceForm::kProbability) {
-          value = BceProbability::evaluate(x, t);
-        } else {
-          value = FocalLogits::evaluate<kPrecision>(x, t, focal);
-        }
-        value.gradient *= factor;
+    for (; at < last; at += kStep) {
+      auto x = load_two<T>(block.input + at);
+      auto t = load_two<T>(block.target + at);
+      Two<V> negative{}, positive{};
+      if constexpr (W::kOptions) {
+        negative = others(block.negative, at, {one - t.first, one - t.second});
+        positive = others(block.positive, at, {one, one});
+        positive = {positive.first * t.first, positive.second * t.second};
       }
-      V weight = block.weight != nullptr ? load(block.weight + first) : one;
-      if constexpr (kLoss) {
-        V loss = block.weight != nullptr ? value.loss * weight : value.loss;
-        few += loss;
-        if (block.loss != nullptr) store(block.loss + first, loss);
+      auto value = evaluate(x.first, t.first, negative.first, positive.first);
+      auto other = evaluate(x.second, t.second, negative.second, positive.second);
+      Two<V> loss{value.loss, other.loss}, gradient{value.gradient, other.gradient};
+      if constexpr (W::kOptions) {
+        if (block.weight != nullptr) {
+          auto weight = load_two<T>(block.weight + at);
+          loss = {loss.first * weight.first, loss.second * weight.second};
+          gradient = {gradient.first * weight.first, gradient.second * weight.second};
+        }
+        if (block.upstream != nullptr) {
+          auto upstream = load_two<T>(block.upstream + at);
+          gradient = {gradient.first * upstream.first, gradient.second * upstream.second};
+        }
       }
-      if constexpr (kGradient) {
-        V gradient = value.gradient;
-        if (block.weight != nullptr) gradient *= weight;
-        if (block.upstream != nullptr) gradient *= load(block.upstream + first);
-        store(block.gradient + first, gradient);
+      if constexpr (W::kLoss) {
+        few += loss.first + loss.second;
+        if (block.loss != nullptr) store_two(block.loss + at, loss);
+      }
+      if constexpr (W::kGradient) {
+        if constexpr (!W::kLoss) gradient = {gradient.first * common, gradient.second * common};
+        store_two(block.gradient + at, gradient);
       }
     }
     sum.add(few);
@@ -106,28 +140,30 @@ double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
   return sum.total();
 }
 
-template <class Real, BceForm kForm, Precision kPrecision>
-double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
-  if (!a.gradient) {
-    return run_block<Real, kForm, kPrecision, true, false>(block, a, scale);
-  }
-  if (!a.loss) {
-    return run_block<Real, kForm, kPrecision, false, true>(block, a, scale);
-  }
-  return run_block<Real, kForm, kPrecision, true, true>(block, a, scale);
+template <BceForm kForm, Precision kPrecision, class T, class Target, class Real>
+double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
+  bool options = block.negative != nullptr || block.positive != nullptr ||
+                 block.weight != nullptr || block.upstream != nullptr;
+  auto run = [&]<bool kLoss, bool kGradient> {
+    return options ? run_block<Want<kForm, kPrecision, kLoss, kGradient, true>>(block, a, scale)
+                   : run_block<Want<kForm, kPrecision, kLoss, kGradient, false>>(block, a, scale);
+  };
+  if (!a.gradient) return run.template operator()<true, false>();
+  if (!a.loss) return run.template operator()<false, true>();
+  return run.template operator()<true, true>();
 }
 
-template <class Real, Precision kPrecision>
-double run_block(const Block<Real>& block, const BceArguments& a, Real scale) {
-  switch (a.form) {
-    case BceForm::kLogits:
-      return run_block<Real, BceForm::kLogits, kPrecision>(block, a, scale);
-    case BceForm::kProbability:
-      return run_block<Real, BceForm::kProbability, kPrecision>(block, a, scale);
-    case BceForm::kFocal:
-      return run_block<Real, BceForm::kFocal, kPrecision>(block, a, scale);
+template <Precision kPrecision, class T, class Target, class Real>
+double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
+  if constexpr (std::is_same_v<T, Real> && std::is_same_v<Target, Real>) {
+    if (a.form == BceForm::kProbability) {
+      return run_block<BceForm::kProbability, kPrecision>(block, a, scale);
+    }
+    if (a.form == BceForm::kFocal) {
+      return run_block<BceForm::kFocal, kPrecision>(block, a, scale);
+    }
   }
-  return 0;
+  return run_block<BceForm::kLogits, kPrecision>(block, a, scale);
 }
 
 template <class Real>
@@ -178,76 +214,114 @@ void neutralize_ignored(int count, Buffers<Real>& buffers) {
   }
 }
 
-template <class Real>
+// Whether the loop can use logits, targets and results where they lie.
+template <class T, class Target>
+bool fits(const BceArguments& a) {
+  return a.form != BceForm::kProbability && a.target_shift == 0 && !a.has_ignore_index &&
+         lies_flat<T>(a.input, a.space) && lies_flat<Target>(a.target, a.space) &&
+         (!a.gradient || lies_flat<T>(a.gradient, a.space)) &&
+         (!a.loss || a.reduction != Reduction::kNone || lies_flat<T>(a.loss, a.space));
+}
+
+template <class T, class Target>
 double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale,
                  unsigned* out_of_range) {
-  constexpr int kStep = sizeof(typename VectorOf<Real>::type) / sizeof(Real);
+  using Real = RealOf<T>;
+  constexpr bool kGathers = std::is_same_v<T, Real> && std::is_same_v<Target, Real>;
+  constexpr int kStep = Computing<Real>::kStep;
   Buffers<Real> buffers;
-  bool smooths = a.target_shift != 0, ignores = a.has_ignore_index;
+  // Where nothing goes through the buffers, the chunk is one block.
+  bool is_flat = fits<T, Target>(a);
+  const Operand* others[] = {&a.weight, &a.pos_weight, &a.upstream};
+  bool is_common = a.upstream && a.space.rank == 1 && a.upstream.strides[0] == 0;
+  Real common_upstream = 1;
+  if (is_common && begin < end) gather(a.upstream, a.space, begin, 1, &common_upstream);
+  for (const Operand* operand : others) {
+    is_flat &=
+        !*operand || lies_flat<Real>(*operand, a.space) || (operand == &a.upstream && is_common);
+  }
+  const int64_t block_size = is_flat ? kChunk : kBlock;
+  bool smooths = kGathers && a.target_shift != 0, ignores = kGathers && a.has_ignore_index;
   Sum sum;
   for (int64_t at = begin; at < end;) {
-    int count = end - at < kBlock ? static_cast<int>(end - at) : kBlock;
-    // Whole vectors first; what is left over goes through the buffers, padded with elements of
-    // weight 0.
+    int count = static_cast<int>(end - at < block_size ? end - at : block_size);
+    // Whole steps first; what is left over goes through the buffers, padded with elements of weight
+    // 0.
     bool padded = count < kStep;
+    if constexpr (!kGathers) {
+      if (padded) {
+        sum.add(bce_chunk<Real, Real>(a, at, end, scale, out_of_range));
+        break;
+      }
+    }
     if (!padded) count -= count % kStep;
     int padded_count = padded ? kStep : count;
     bool through_buffers = padded || smooths || ignores;
 
-    auto view = [&](const Operand& operand, Real* buffer, Real absent, bool needed) -> const Real* {
-      if (!operand && !needed) return nullptr;
-      if (operand && !through_buffers && lies_flat<Real>(operand, a.space)) {
-        return static_cast<const Real*>(operand.data) + at;
+    auto view = [&]<class U>(const Operand& operand, Real* buffer, Real absent, bool needed,
+                             U) -> const U* {
+      if (operand && !through_buffers && lies_flat<U>(operand, a.space)) {
+        return static_cast<const U*>(operand.data) + at;
       }
-      if (operand) {
-        gather(operand, a.space, at, count, buffer);
-      } else {
-        for (int i = 0; i < count; ++i) buffer[i] = absent;
+      if constexpr (std::is_same_v<U, Real>) {
+        if (!operand && !needed) return nullptr;
+        if (operand) {
+          gather(operand, a.space, at, count, buffer);
+        } else {
+          for (int i = 0; i < count; ++i) buffer[i] = absent;
+        }
+        for (int i = count; i < padded_count; ++i) buffer[i] = 0;
+        return buffer;
       }
-      for (int i = count; i < padded_count; ++i) buffer[i] = 0;
-      return buffer;
+      return nullptr;
     };
-    Block<Real> block;
-    block.input = view(a.input, buffers.input, 0, true);
-    block.target = view(a.target, buffers.target, 0, true);
-    block.negative = view(Operand{}, buffers.negative, 0, smooths);
-    block.weight = view(a.weight, buffers.weight, 1, through_buffers);
-    block.positive = view(a.pos_weight, buffers.positive, 1, false);
-    block.upstream = view(a.upstream, buffers.upstream, 1, false);
-    if (ignores) find_ignored(a, at, count, buffers.ignored);
-    if (a.form == BceForm::kProbability) {
-      const bool* ignored = ignores ? buffers.ignored : nullptr;
-      if (!in_unit_range(block.input, ignored, count)) *out_of_range |= kInputOutOfRange;
-      if (!in_unit_range(block.target, ignored, count)) *out_of_range |= kTargetOutOfRange;
+    Block<T, Target, Real> block;
+    block.input = view(a.input, buffers.input, 0, true, T{});
+    block.target = view(a.target, buffers.target, 0, true, Target{});
+    block.negative = view(Operand{}, buffers.negative, 0, smooths, Real{});
+    block.weight = view(a.weight, buffers.weight, 1, through_buffers, Real{});
+    block.positive = view(a.pos_weight, buffers.positive, 1, false, Real{});
+    block.common_upstream = common_upstream;
+    block.upstream = is_common ? nullptr : view(a.upstream, buffers.upstream, 1, false, Real{});
+    if constexpr (kGathers) {
+      if (ignores) find_ignored(a, at, count, buffers.ignored);
+      if (a.form == BceForm::kProbability) {
+        const bool* ignored = ignores ? buffers.ignored : nullptr;
+        if (!in_unit_range(block.input, ignored, count)) *out_of_range |= kInputOutOfRange;
+        if (!in_unit_range(block.target, ignored, count)) *out_of_range |= kTargetOutOfRange;
+      }
+      if (smooths) smooth_targets(a, count, buffers);
+      if (ignores) neutralize_ignored(count, buffers);
     }
-    if (smooths) smooth_targets(a, count, buffers);
-    if (ignores) neutralize_ignored(count, buffers);
 
     bool stores_loss = a.loss && a.reduction == Reduction::kNone;
     bool in_place = !padded && !ignores;
-    bool loss_in_place = stores_loss && in_place && lies_flat<Real>(a.loss, a.space);
-    bool gradient_in_place = a.gradient && in_place && lies_flat<Real>(a.gradient, a.space);
-    block.loss = loss_in_place ? static_cast<Real*>(a.loss.data) + at
-                 : stores_loss ? buffers.loss
-                               : nullptr;
-    block.gradient =
-        gradient_in_place ? static_cast<Real*>(a.gradient.data) + at : buffers.gradient;
+    bool loss_in_place = stores_loss && in_place && lies_flat<T>(a.loss, a.space);
+    bool gradient_in_place = a.gradient && in_place && lies_flat<T>(a.gradient, a.space);
+    block.loss = loss_in_place ? static_cast<T*>(a.loss.data) + at : nullptr;
+    block.gradient = gradient_in_place ? static_cast<T*>(a.gradient.data) + at : nullptr;
+    if constexpr (kGathers) {
+      if (stores_loss && !loss_in_place) block.loss = buffers.loss;
+      if (!gradient_in_place) block.gradient = buffers.gradient;
+    }
     block.count = padded_count;
 
     Real factor = static_cast<Real>(scale);
     if (a.half_precision) {
-      sum.add(run_block<Real, Precision::kHalf>(block, a, factor));
+      sum.add(run_block<Precision::kHalf>(block, a, factor));
     } else {
-      sum.add(run_block<Real, Precision::kFull>(block, a, factor));
+      sum.add(run_block<Precision::kFull>(block, a, factor));
     }
-    if (ignores && a.gradient) {
-      for (int i = 0; i < count; ++i) {
-        if (buffers.ignored[i]) buffers.gradient[i] = 0;
+    if constexpr (kGathers) {
+      if (ignores && a.gradient) {
+        for (int i = 0; i < count; ++i) {
+          if (buffers.ignored[i]) buffers.gradient[i] = 0;
+        }
       }
-    }
-    if (stores_loss && !loss_in_place) scatter(buffers.loss, a.loss, a.space, at, count);
-    if (a.gradient && !gradient_in_place) {
-      scatter(buffers.gradient, a.gradient, a.space, at, count);
+      if (stores_loss && !loss_in_place) scatter(buffers.loss, a.loss, a.space, at, count);
+      if (a.gradient && !gradient_in_place) {
+        scatter(buffers.gradient, a.gradient, a.space, at, count);
+      }
     }
     at += count;
   }
@@ -256,8 +330,17 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
 
 double bce_chunk_any(const BceArguments& a, int64_t begin, int64_t end, double scale,
                      unsigned* out_of_range) {
-  return a.in_double ? bce_chunk<double>(a, begin, end, scale, out_of_range)
-                     : bce_chunk<float>(a, begin, end, scale, out_of_range);
+  if (a.form != BceForm::kLogits && !a.in_double) {
+    return bce_chunk<float, float>(a, begin, end, scale, out_of_range);
+  }
+  auto chunk = a.in_double                   ? bce_chunk<double, double>
+               : fits<BFloat16, BFloat16>(a) ? bce_chunk<BFloat16, BFloat16>
+               : fits<BFloat16, uint8_t>(a)  ? bce_chunk<BFloat16, uint8_t>
+               : fits<Float16, Float16>(a)   ? bce_chunk<Float16, Float16>
+               : fits<Float16, uint8_t>(a)   ? bce_chunk<Float16, uint8_t>
+               : fits<float, uint8_t>(a)     ? bce_chunk<float, uint8_t>
+                                             : bce_chunk<float, float>;
+  return chunk(a, begin, end, scale, out_of_range);
 }
 
 int64_t bce_count_kept(const BceArguments& a, int64_t begin, int64_t end) {

@@ -55,7 +55,10 @@ inline const CpuBodies& cpu_bodies() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       return &kAvx512Bodies;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2Bodies;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      return &kAvx2Bodies;
+    }
     return &kPortableBodies;
   }();
   return *best;
