@@ -166,10 +166,18 @@ struct Machine<float> {
   }
 };
 
+template <>
+struct Machine<double> {
+  // y where either is NaN.
+  FUSED_CE_HOST_DEVICE static double greater(double x, double y) { return x > y ? x : y; }
+};
+
 template <class V>
 FUSED_CE_HOST_DEVICE V reciprocal(V x) {
   return Machine<V>::reciprocal(x);
 }
+FUSED_CE_HOST_DEVICE float tanh(float x) { return tanhf(x); }
+FUSED_CE_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
 
 // exp(-y) = 2^n * exp(r), r in [-ln2/2, ln2/2]. Right for y >= -43; y above 104 gives 0.
 template <Precision kPrecision, class V>
@@ -356,6 +364,60 @@ struct FocalLogits {
     V slope_of_u = u_slope == 0.0f ? ce_gradient
                                    : math::multiply_add(ce * options.gamma, u_slope, ce_gradient);
     return {factor * ce, factor * slope_of_u};
+  }
+};
+
+// One row of softmax cross entropy. One pass over its logits l_c, with a coefficient b_c for each
+// (the weighted probability or share of label smoothing), adds up these, all relative to a
+// `reference` near the largest logit, so that nothing overflows and nothing cancels.
+template <class V>
+struct SoftmaxSums {
+  V reference;
+  V exponentials;  // sum of e_c = exp(l_c - reference)
+  V coefficients;  // sum of b_c
+  V cost;          // sum of b_c (reference - l_c)
+  V entropy;       // sum of e_c (reference - l_c)
+};
+
+// What follows from the sums, with lse = reference + log(sum of e_c), the label's logit l_y and
+// weight w_y (0 without a label):
+//   loss = w_y (lse - l_y) + sum of b_c (lse - l_c) + z_loss lse^2
+//   entropy = lse - sum of p_c l_c
+//   d loss / d l_c = (w_y + sum of b + 2 z_loss lse) p_c - b_c - [c = y] w_y
+//   d lse / d l_c = p_c,  d entropy / d l_c = -p_c (l_c - lse + entropy)
+template <class V>
+struct SoftmaxRow {
+  V log_sum, inverse, lse, entropy, loss;
+
+  FUSED_CE_HOST_DEVICE static SoftmaxRow evaluate(const SoftmaxSums<V>& sums, V label_weight,
+                                                  V label_logit, V z_loss) {
+    SoftmaxRow row;
+    row.log_sum = math::log(sums.exponentials);
+    row.inverse = 1.0f / sums.exponentials;
+    row.lse = sums.reference == V{} + INFINITY ? sums.reference : sums.reference + row.log_sum;
+    row.entropy = math::multiply_add(sums.entropy, row.inverse, row.log_sum);
+    V label_cost = label_weight * ((sums.reference - label_logit) + row.log_sum);
+    V shared = sums.coefficients * row.log_sum;
+    row.loss = (label_weight == 0.0f ? label_weight : label_cost) + sums.cost +
+               (sums.coefficients == 0.0f ? V{} : shared) + z_loss * row.lse * row.lse;
+    return row;
+  }
+};
+
+// d / d l_c of all upstream gradients together is
+//   e_c (exponential + entropy (reference - l_c)) - b_c coefficient - [c = y] label.
+template <class V>
+struct SoftmaxGradient {
+  V exponential, entropy, coefficient, label;
+
+  FUSED_CE_HOST_DEVICE static SoftmaxGradient evaluate(const SoftmaxSums<V>& sums,
+                                                       const SoftmaxRow<V>& row, V label_weight,
+                                                       V z_loss, V grad_loss, V grad_lse,
+                                                       V grad_entropy) {
+    V total = label_weight + sums.coefficients + 2.0f * z_loss * row.lse;
+    V of_entropy = grad_entropy * (row.log_sum - row.entropy);
+    return {(grad_loss * total + grad_lse + of_entropy) * row.inverse, grad_entropy * row.inverse,
+            grad_loss, grad_loss * label_weight};
   }
 };
 

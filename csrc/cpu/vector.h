@@ -45,9 +45,13 @@ namespace math {
 template <>
 struct Machine<Floats> {
   using Bits = Ints;
+  // greater(x, y) is y where either is NaN, at_most NaN where x is.
 #if defined(__AVX512F__)
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
     return (Floats)_mm512_maskz_min_ps(kAll, _mm512_set1_ps(limit), (__m512)x);
+  }
+  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) {
+    return (Floats)_mm512_maskz_max_ps(kAll, (__m512)x, (__m512)y);
   }
   FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -65,6 +69,9 @@ struct Machine<Floats> {
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
     return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
   }
+  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) {
+    return (Floats)_mm256_max_ps((__m256)x, (__m256)y);
+  }
   FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   }
@@ -72,6 +79,7 @@ struct Machine<Floats> {
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
     return x > limit ? Floats{} + limit : x;
   }
+  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) { return x > y ? x : y; }
   FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
     return a * b + c;
   }
@@ -280,6 +288,23 @@ void with_float_type(Dtype dtype, F f) {
     default:
       return f(float{});
   }
+}
+
+// The offset of an element, by its place in the index space.
+inline int64_t offset_of(const Operand& operand, const IndexSpace& space, int64_t place) {
+  int64_t offset = 0;
+  for (int d = 0; d < space.rank - 1; ++d) {
+    offset += place % space.sizes[d] * operand.strides[d];
+    place /= space.sizes[d];
+  }
+  return offset + place * operand.strides[space.rank - 1];
+}
+
+// The address of an element that lies `offset` elements behind the first.
+inline void* address_of(const Operand& operand, int64_t offset) {
+  int64_t bytes = 0;
+  with_type(operand.dtype, [&](auto type) { bytes = sizeof(type); });
+  return static_cast<char*>(operand.data) + offset * bytes;
 }
 
 // Calls f(pointer to the first element, stride, length, position in the block) for each run of
