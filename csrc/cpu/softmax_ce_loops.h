@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kRowsAtOnce = 512;
 constexpr int kClassBlock = 4096;
+constexpr int kRowBlock = 16384;
 // From so many classes on, a vector holds classes.
 constexpr int64_t kManyClasses = 64;
 
@@ -77,21 +78,29 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
     }
   } else {
     gather(a.target, a.rows, begin, count, rows.label);
-    Real share = static_cast<Real>(1 - a.label_smoothing);
+    const Real share = static_cast<Real>(1 - a.label_smoothing);
+    const auto classes = static_cast<uint64_t>(a.classes);
+    bool any_bad = false;
     for (int i = 0; i < count; ++i) {
       int64_t label = rows.label[i];
-      rows.kept[i] = label != a.ignore_index;
-      bool inside = label >= 0 && label < a.classes;
-      if (rows.kept[i] && !inside) *bad = {true, label};
-      if (!rows.kept[i] || !inside) rows.label[i] = -1;
-      rows.label_weight[i] = rows.label[i] < 0 ? 0 : share * class_weight<Real>(a, label);
+      bool kept = label != a.ignore_index, inside = static_cast<uint64_t>(label) < classes;
+      any_bad |= kept && !inside;
+      rows.kept[i] = kept;
+      rows.label[i] = kept && inside ? label : -1;
+      rows.label_weight[i] = kept && inside ? share : 0;
+      if (any_bad && !bad->found) *bad = {true, label};
+    }
+    if (a.weight) {
+      for (int i = 0; i < count; ++i) {
+        if (rows.label[i] >= 0) rows.label_weight[i] *= class_weight<Real>(a, rows.label[i]);
+      }
     }
   }
+  const Real factor = static_cast<Real>(scale);
   for (int i = 0; i < count; ++i) {
-    rows.grad_loss[i] =
-        rows.kept[i] ? rows.grad_loss[i] * rows.sample_weight[i] * static_cast<Real>(scale) : 0;
+    Real upstream = rows.grad_loss[i] * rows.sample_weight[i] * factor;
+    rows.grad_loss[i] = rows.kept[i] ? upstream : 0;
     rows.label_logit[i] = 0;
-    rows.prediction[i] = rows.best_target[i] = 0;
   }
 }
 
@@ -112,12 +121,13 @@ void store_rows(const Operand& operand, const IndexSpace& space, int64_t begin, 
 // Returns the summed loss.
 template <class Real>
 double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuffers<Real>& rows) {
-  Sum sum;
-  for (int i = 0; i < count; ++i) {
-    rows.loss[i] = rows.kept[i] ? rows.loss[i] * rows.sample_weight[i] : 0;
-    sum.add(rows.loss[i]);
-  }
   if (a.is_backward) return 0;
+  double sum = 0;
+  for (int i = 0; i < count; ++i) {
+    Real loss = rows.loss[i] * rows.sample_weight[i];
+    rows.loss[i] = rows.kept[i] ? loss : 0;
+    sum += rows.loss[i];
+  }
   if (a.loss && a.reduction == Reduction::kNone) {
     scatter(rows.loss, a.loss, a.rows, begin, count);
   }
@@ -134,7 +144,7 @@ double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuf
     }
     store_rows<bool>(a.correct, a.rows, begin, count, correct);
   }
-  return sum.total();
+  return sum;
 }
 
 // The first of the largest values seen; a NaN is larger than all.
@@ -242,6 +252,9 @@ FUSED_CE_HOST_DEVICE V gradient_of(const SoftmaxGradient<V>& factors, V e, V bel
   return gradient;
 }
 
+// Whether a loop deals with coefficients and entropies.
+enum class Terms { kPlain, kAll };
+
 // ---- a vector holds classes
 // ----------------------------------------------------------------------
 
@@ -265,9 +278,6 @@ auto block_max(const T* x, int count) {  // [count]
   }
   return most;
 }
-
-// Whether a loop of ClassWise deals with coefficients and entropies.
-enum class Terms { kPlain, kAll };
 
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,                // [count]
@@ -521,13 +531,14 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
 // ---- a vector holds rows
 // -------------------------------------------------------------------------
 
-template <class Real, Precision kPrecision>
+template <class Real, Terms kTerms, Precision kPrecision>
 struct RowWise {
   using V = typename Computing<Real>::Vector;
   static constexpr int kWidth = Computing<Real>::kStep / 2;
+  static constexpr bool kAll = kTerms == Terms::kAll;
 
   struct Buffers {
-    alignas(64) Real logits[kClassBlock], slope[kClassBlock];  // [classes of a block][rows]
+    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][rows]
     alignas(64) Real coefficients[kRowsAtOnce];
     alignas(64) Real reference[kRowsAtOnce], exponentials[kRowsAtOnce],
         sum_of_coefficients[kRowsAtOnce], cost[kRowsAtOnce], sum_of_entropy[kRowsAtOnce];
@@ -588,7 +599,8 @@ struct RowWise {
         for (int i = 0; i < count; ++i) b.best[i].offer(b.logits[k * stride + i], c + k);
       }
     }
-    bool coefficients = options.has_coefficients, entropy = options.has_entropy;
+    const bool coefficients = kAll && options.has_coefficients;
+    const bool entropy = kAll && options.has_entropy;
     for (int i = 0; i < stride; i += kWidth) {
       SoftmaxSums<V> sums = sums_at(i);
       V top = load(b.logits + i);
@@ -632,7 +644,8 @@ struct RowWise {
   }
 
   void write_gradient(int64_t begin, int count, int stride, int64_t c, int classes, bool kept) {
-    bool coefficients = options.has_coefficients, entropy = options.has_entropy;
+    const bool coefficients = kAll && options.has_coefficients;
+    const bool entropy = kAll && options.has_entropy;
     for (int k = 0; k < classes; ++k) {
       if (coefficients) fill_coefficients(begin, count, stride, c + k);
       Real* values = b.logits + k * stride;
@@ -668,15 +681,14 @@ struct RowWise {
 
   void run(int64_t begin, int count) {
     int stride = (count + kWidth - 1) / kWidth * kWidth;
-    int block =
-        static_cast<int>(a.classes < kClassBlock / stride ? a.classes : kClassBlock / stride);
+    int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
     bool single = a.classes <= block;
     bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
     for (int i = 0; i < stride; ++i) {
       b.reference[i] = -static_cast<Real>(INFINITY);
       b.exponentials[i] = b.sum_of_coefficients[i] = b.cost[i] = b.sum_of_entropy[i] = 0;
-      b.best[i] = b.best_target[i] = {};
     }
+    for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
     for (int i = count; i < stride; ++i) {
       rows.label_weight[i] = rows.label_logit[i] = rows.grad_loss[i] = rows.grad_lse[i] =
           rows.grad_entropy[i] = 0;
@@ -703,7 +715,7 @@ struct RowWise {
       store(b.factor[2] + i, factors.coefficient);
       store(b.factor[3] + i, factors.label);
     }
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count && options.finds_largest; ++i) {
       rows.prediction[i] = b.best[i].index;
       rows.best_target[i] = b.best_target[i].index;
     }
@@ -716,17 +728,16 @@ struct RowWise {
   }
 };
 
-template <class Real, Precision kPrecision>
+template <class Real, Terms kTerms, Precision kPrecision>
 double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
                 BadLabel* bad) {
-  using Loop = RowWise<Real, kPrecision>;
+  using Loop = RowWise<Real, kTerms, kPrecision>;
   RowBuffers<Real> rows;
   typename Loop::Buffers buffers;
   const Options<Real> options(a);
   Loop loop{a, options, buffers, rows};
   // As many rows as fit into the buffer with all their classes, but whole vectors of them.
-  int64_t step =
-      a.classes > 0 ? kClassBlock / a.classes / Loop::kWidth * Loop::kWidth : kRowsAtOnce;
+  int64_t step = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth * Loop::kWidth : kRowsAtOnce;
   step = step > kRowsAtOnce ? kRowsAtOnce : step < 4 * Loop::kWidth ? 4 * Loop::kWidth : step;
   Sum sum;
   for (int64_t at = begin; at < end; at += step) {
@@ -769,9 +780,12 @@ double softmax_ce_chunk_any(const SoftmaxCeArguments& a, int64_t begin, int64_t 
   // Neighbouring rows are neighbours in memory.
   bool in_columns = a.input.class_stride != 1 && a.input.strides[0] == 1;
   if (a.classes < kManyClasses || in_columns) {
-    auto chunk = a.in_double        ? row_wise<double, Precision::kFull>
-                 : a.half_precision ? row_wise<float, Precision::kHalf>
-                                    : row_wise<float, Precision::kFull>;
+    const Options<float> options(a);
+    bool plain = !options.has_coefficients && !options.has_entropy;
+    auto chunk = a.in_double        ? row_wise<double, Terms::kAll, Precision::kFull>
+                 : !plain           ? row_wise<float, Terms::kAll, Precision::kFull>
+                 : a.half_precision ? row_wise<float, Terms::kPlain, Precision::kHalf>
+                                    : row_wise<float, Terms::kPlain, Precision::kFull>;
     return chunk(a, begin, end, scale, bad);
   }
   auto chunk = a.in_double        ? class_wise<double, Terms::kAll, Precision::kFull>
