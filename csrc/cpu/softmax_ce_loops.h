@@ -80,15 +80,21 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
     gather(a.target, a.rows, begin, count, rows.label);
     const Real share = static_cast<Real>(1 - a.label_smoothing);
     const auto classes = static_cast<uint64_t>(a.classes);
-    bool any_bad = false;
+    int bad_labels = 0;
     for (int i = 0; i < count; ++i) {
       int64_t label = rows.label[i];
       bool kept = label != a.ignore_index, inside = static_cast<uint64_t>(label) < classes;
-      any_bad |= kept && !inside;
+      bad_labels += kept && !inside;
       rows.kept[i] = kept;
-      rows.label[i] = kept && inside ? label : -1;
       rows.label_weight[i] = kept && inside ? share : 0;
-      if (any_bad && !bad->found) *bad = {true, label};
+    }
+    for (int i = 0; bad_labels > 0 && i < count; ++i) {
+      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
+      if (rows.kept[i] && !inside && !bad->found) *bad = {true, rows.label[i]};
+    }
+    for (int i = 0; i < count; ++i) {
+      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
+      rows.label[i] = rows.kept[i] && inside ? rows.label[i] : -1;
     }
     if (a.weight) {
       for (int i = 0; i < count; ++i) {
@@ -122,12 +128,15 @@ void store_rows(const Operand& operand, const IndexSpace& space, int64_t begin, 
 template <class Real>
 double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuffers<Real>& rows) {
   if (a.is_backward) return 0;
-  double sum = 0;
   for (int i = 0; i < count; ++i) {
     Real loss = rows.loss[i] * rows.sample_weight[i];
     rows.loss[i] = rows.kept[i] ? loss : 0;
-    sum += rows.loss[i];
   }
+  typename Computing<Real>::Total sum;
+  constexpr int kWidth = Computing<Real>::kStep / 2;
+  int padded = (count + kWidth - 1) / kWidth * kWidth;
+  for (int i = count; i < padded; ++i) rows.loss[i] = 0;
+  for (int i = 0; i < padded; i += kWidth) sum.add(load(rows.loss + i));
   if (a.loss && a.reduction == Reduction::kNone) {
     scatter(rows.loss, a.loss, a.rows, begin, count);
   }
@@ -144,7 +153,7 @@ double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuf
     }
     store_rows<bool>(a.correct, a.rows, begin, count, correct);
   }
-  return sum;
+  return sum.total();
 }
 
 // The first of the largest values seen; a NaN is larger than all.
@@ -801,12 +810,10 @@ double softmax_ce_weights(const SoftmaxCeArguments& a, int64_t begin, int64_t en
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
     gather(a.target, a.rows, at, count, labels);
-    for (int i = 0; i < count; ++i) {
-      if (labels[i] == a.ignore_index) continue;
-      ++kept;
-      if (a.weight && labels[i] >= 0 && labels[i] < a.classes) {
-        sum.add(class_weight<double>(a, labels[i]));
-      }
+    for (int i = 0; i < count; ++i) kept += labels[i] != a.ignore_index;
+    for (int i = 0; a.weight && i < count; ++i) {
+      if (labels[i] == a.ignore_index || labels[i] < 0 || labels[i] >= a.classes) continue;
+      sum.add(class_weight<double>(a, labels[i]));
     }
   }
   return a.weight ? sum.total() : static_cast<double>(kept);
