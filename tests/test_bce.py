@@ -800,7 +800,8 @@ def test_normalizer_makes_gradient_accumulation_exact(device: str) -> None:
 @pytest.mark.parametrize("form", [LOGITS, FOCAL], ids=form_id)
 def test_inplace_backward(form: Form, dtype: torch.dtype, reduction: str, device: str) -> None:
     x, t = make_input(form, (7, 37), dtype), make_target((7, 37), dtype)
-    right = run(form.ours, x, t, device=device, reduction=reduction, upstream=0.5)
+    upstream = torch.full((7, 37), 0.5, dtype=dtype) if reduction == "none" else 0.5
+    right = run(form.ours, x, t, device=device, reduction=reduction, upstream=upstream)
     leaf = x.to(device).requires_grad_()
     logits = leaf * 1
     version = logits._version
