@@ -255,9 +255,8 @@ FUSED_CE_HOST_DEVICE V gradient_of(const SoftmaxGradient<V>& factors, V e, V bel
     V term = e * factors.entropy * below;
     gradient += e == 0.0f ? e : term;
   }
-  if (has_coefficients) {
-    gradient = math::multiply_add(-coefficient, factors.coefficient, gradient);
-  }
+  // Rounded like the other term, so that the two cancel where they should, as with one class.
+  if (has_coefficients) gradient -= coefficient * factors.coefficient;
   return gradient;
 }
 
