@@ -755,7 +755,7 @@ def check_classes(case: ClassCase, device: Any) -> None:
     ulps = 4 + weights + 2 * len(capped_or_scaled) + 2 * ("z_loss" in case.options)
     # A row is added up in a few chains of float32; by torch in one, of equal terms if smoothed.
     classes = case.shape[min(1, len(case.shape) - 1)]
-    ulps += classes**0.5 / 4 if is_native(torch.device(device).type) else classes / 4
+    ulps += classes**0.5 if is_native(torch.device(device).type) else classes / 4
     compute = torch.float32
     if torch.float64 in (call.input.dtype, loss.dtype):
         compute, ulps = torch.float64, 2 * ulps
