@@ -380,7 +380,7 @@ struct SoftmaxSums {
 };
 
 // What follows from the sums, with lse = reference + log(sum of e_c), the label's logit l_y and
-// weight w_y (0 without a label):
+// weight w_y (0 where there is none):
 //   loss = w_y (lse - l_y) + sum of b_c (lse - l_c) + z_loss lse^2
 //   entropy = lse - sum of p_c l_c
 //   d loss / d l_c = (w_y + sum of b + 2 z_loss lse) p_c - b_c - [c = y] w_y
@@ -389,17 +389,19 @@ template <class V>
 struct SoftmaxRow {
   V log_sum, inverse, lse, entropy, loss;
 
-  FUSED_CE_HOST_DEVICE static SoftmaxRow evaluate(const SoftmaxSums<V>& sums, V label_weight,
-                                                  V label_logit, V z_loss) {
+  FUSED_CE_HOST_DEVICE static SoftmaxRow evaluate(const SoftmaxSums<V>& sums, bool has_label,
+                                                  V label_weight, V label_logit, V z_loss) {
     SoftmaxRow row;
     row.log_sum = math::log(sums.exponentials);
     row.inverse = 1.0f / sums.exponentials;
     row.lse = sums.reference == V{} + INFINITY ? sums.reference : sums.reference + row.log_sum;
     row.entropy = math::multiply_add(sums.entropy, row.inverse, row.log_sum);
-    V label_cost = label_weight * ((sums.reference - label_logit) + row.log_sum);
+    row.loss = sums.cost;
+    if (has_label) row.loss += label_weight * ((sums.reference - label_logit) + row.log_sum);
     V shared = sums.coefficients * row.log_sum;
-    row.loss = (label_weight == 0.0f ? label_weight : label_cost) + sums.cost +
-               (sums.coefficients == 0.0f ? V{} : shared) + z_loss * row.lse * row.lse;
+    row.loss += sums.coefficients == 0.0f ? V{} : shared;
+    V of_lse = z_loss * row.lse * row.lse;
+    row.loss += z_loss == 0.0f ? V{} : of_lse;
     return row;
   }
 };

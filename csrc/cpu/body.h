@@ -24,7 +24,10 @@ struct Sum {
     error += (value - (next - part)) + (x - part);
     value = next;
   }
-  __attribute__((always_inline)) double total() const { return value + error; }
+  // Beside an infinite value the error is NaN, and says nothing.
+  __attribute__((always_inline)) double total() const {
+    return error == error ? value + error : value;
+  }
 };
 
 struct BadLabel {

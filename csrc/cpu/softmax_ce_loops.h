@@ -288,25 +288,37 @@ auto block_max(const T* x, int count) {  // [count]
   return most;
 }
 
+// The sums are float64: the vectors' own are added to them after a few steps.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,                // [count]
                                           const Real* coefficients,  // [count] or null
                                           Real* kept,                // [count] or null
-                                          int count, SoftmaxSums<Real>& sums) {
+                                          int count, SoftmaxSums<double>& sums) {
   using V = typename Computing<Real>::Vector;
+  using Total = typename Computing<Real>::Total;
   constexpr int kStep = Computing<Real>::kStep;
+  constexpr int kStepsPerSum = 8;
   constexpr bool kAll = kTerms == Terms::kAll;
-  const Real reference = finite_reference(sums.reference);
+  const Real reference = static_cast<Real>(finite_reference(sums.reference));
   const V top = V{} + reference;
-  SoftmaxSums<V> one{}, other{};
+  Total exponentials, all_coefficients, cost, entropy;
   int i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    Two<V> l = load_two<T>(x + i);
-    Two<V> b{};
-    if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
-    Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kAll, kAll),
-             add_logit<kPrecision>(other, top, l.second, b.second, kAll, kAll)};
-    if (kept != nullptr) store_two(kept + i, e);
+  while (i + kStep <= count) {
+    int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
+    SoftmaxSums<V> one{}, other{};
+    for (; i + kStep <= last; i += kStep) {
+      Two<V> l = load_two<T>(x + i);
+      Two<V> b{};
+      if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
+      Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kAll, kAll),
+               add_logit<kPrecision>(other, top, l.second, b.second, kAll, kAll)};
+      if (kept != nullptr) store_two(kept + i, e);
+    }
+    exponentials.add(one.exponentials + other.exponentials);
+    if (!kAll) continue;
+    entropy.add(one.entropy + other.entropy);
+    all_coefficients.add(one.coefficients + other.coefficients);
+    cost.add(one.cost + other.cost);
   }
   SoftmaxSums<Real> rest{};
   for (; i < count; ++i) {
@@ -314,14 +326,12 @@ __attribute__((noinline)) void block_sums(const T* x,                // [count]
     Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kAll, kAll);
     if (kept != nullptr) kept[i] = e;
   }
-  sums.exponentials +=
-      sum_of_lanes(one.exponentials) + sum_of_lanes(other.exponentials) + rest.exponentials;
+  sums.exponentials += exponentials.total() + rest.exponentials;
   if (!kAll) return;
-  sums.entropy += sum_of_lanes(one.entropy) + sum_of_lanes(other.entropy) + rest.entropy;
+  sums.entropy += entropy.total() + rest.entropy;
   if (coefficients == nullptr) return;
-  sums.cost += sum_of_lanes(one.cost) + sum_of_lanes(other.cost) + rest.cost;
-  sums.coefficients +=
-      sum_of_lanes(one.coefficients) + sum_of_lanes(other.coefficients) + rest.coefficients;
+  sums.cost += cost.total() + rest.cost;
+  sums.coefficients += all_coefficients.total() + rest.coefficients;
 }
 
 // The gradient of a block, from its logits, or from kept exponentials where `kept` is not null.
@@ -421,8 +431,9 @@ struct ClassWise {
       gather(logits, space, rows.label[i], 1, &rows.label_logit[i]);
       if (options.transforms) options.transform(&rows.label_logit[i], nullptr, 1);
     }
-    SoftmaxSums<Real> sums{-static_cast<Real>(INFINITY), 0, 0, 0, 0};
-    if (a.is_backward && a.lse && !options.has_coefficients &&
+    SoftmaxSums<double> sums{-INFINITY, 0, 0, 0, 0};
+    // The rounding of lse is that of a whole gradient: it is good enough for half types alone.
+    if (a.is_backward && a.lse && a.half_precision && !options.has_coefficients &&
         (!options.has_entropy || a.entropy)) {
       sums.reference = rows.lse[i];
       sums.exponentials = 1;
@@ -430,32 +441,36 @@ struct ClassWise {
     } else {
       for_each_block([&](int64_t c, int count) {
         const T* x = block(logits, target, c, count);
-        admit(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
+        admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
         block_sums<kTerms, kPrecision>(x, coefficients, kept, count, sums);
       });
     }
     if (options.finds_largest) find_largest(logits, target, rows, i);
     sums.reference = finite_reference(sums.reference);
-    auto result =
-        SoftmaxRow<Real>::evaluate(sums, rows.label_weight[i], rows.label_logit[i], options.z_loss);
-    rows.loss[i] = result.loss;
-    rows.lse[i] = result.lse;
-    if (!a.is_backward || !a.entropy) rows.entropy[i] = result.entropy;
-    result.entropy = rows.entropy[i];
+    auto result = SoftmaxRow<double>::evaluate(sums, !a.has_probabilities, rows.label_weight[i],
+                                               rows.label_logit[i], options.z_loss);
+    rows.loss[i] = static_cast<Real>(result.loss);
+    rows.lse[i] = static_cast<Real>(result.lse);
+    if (a.is_backward && a.entropy) result.entropy = rows.entropy[i];
+    rows.entropy[i] = static_cast<Real>(result.entropy);
     if (!a.gradient) return;
 
     const Operand gradient = classes_of(a.gradient, a.rows, row);
-    auto factors =
-        SoftmaxGradient<Real>::evaluate(sums, result, rows.label_weight[i], options.z_loss,
-                                        rows.grad_loss[i], rows.grad_lse[i], rows.grad_entropy[i]);
+    auto exact = SoftmaxGradient<double>::evaluate(sums, result, rows.label_weight[i],
+                                                   options.z_loss, rows.grad_loss[i],
+                                                   rows.grad_lse[i], rows.grad_entropy[i]);
+    const SoftmaxGradient<Real> factors{
+        static_cast<Real>(exact.exponential), static_cast<Real>(exact.entropy),
+        static_cast<Real>(exact.coefficient), static_cast<Real>(exact.label)};
+    const Real reference = static_cast<Real>(sums.reference);
     Real at_label = 0;
     if (rows.label[i] >= 0) {
-      at_label = gradient_at(rows.label[i], rows.label_logit[i], sums.reference, factors);
+      at_label = gradient_at(rows.label[i], rows.label_logit[i], reference, factors);
     }
     for_each_block([&](int64_t c, int count) {
       const T* x = block(logits, target, c, count);
       T* to = kIsDirect ? static_cast<T*>(gradient.data) + c : buffers.gradient;
-      block_gradient<kTerms, kPrecision>(x, coefficients, kept, count, sums.reference, factors, to);
+      block_gradient<kTerms, kPrecision>(x, coefficients, kept, count, reference, factors, to);
       if constexpr (!kIsDirect) {
         if (options.transforms) {
           for (int k = 0; k < count; ++k) to[k] *= buffers.slope[k];
@@ -712,7 +727,8 @@ struct RowWise {
       SoftmaxSums<V> sums = sums_at(i);
       sums.reference = finite_reference(sums.reference);
       V label_weight = load(rows.label_weight + i);
-      auto row = SoftmaxRow<V>::evaluate(sums, label_weight, load(rows.label_logit + i), z_loss);
+      auto row = SoftmaxRow<V>::evaluate(sums, !a.has_probabilities, label_weight,
+                                         load(rows.label_logit + i), z_loss);
       store(rows.loss + i, row.loss);
       store(rows.lse + i, row.lse);
       store(rows.entropy + i, row.entropy);
