@@ -104,10 +104,8 @@ def bce(
 LSE, ENTROPY, PREDICTION, CORRECT = 1, 2, 4, 8
 
 
-def _capped(input: Tensor, compute: torch.dtype, logit_scale: float, softcap: float) -> Tensor:
-    logits = input.to(compute)
-    if logit_scale != 1:
-        logits = logits * logit_scale
+def _capped(x: Tensor, logit_scale: float, softcap: float) -> Tensor:
+    logits = x if logit_scale == 1 else x * logit_scale
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
@@ -148,17 +146,18 @@ def softmax_ce(
     """
     in_double = torch.float64 in (input.dtype, dtype)
     compute = torch.float64 if in_double else torch.float32
-    dim = 1 if input.dim() > 1 else 0
-    shape = [1] * input.dim()
-    shape[dim] = classes = input.size(dim)
+    x = input.to(compute)
+    dim = 1 if x.dim() > 1 else 0
+    shape = [1] * x.dim()
+    shape[dim] = classes = x.size(dim)
     w = None if weight is None else weight.to(compute).reshape(shape)
     has_probabilities = target.is_floating_point()
-    stats = _softmax_stats(input, target, compute, ignore_index, softcap, logit_scale, outputs)
+    stats = _softmax_stats(x, target, ignore_index, softcap, logit_scale, outputs)
 
     kept = None if has_probabilities else _is_kept(target, ignore_index)
     if kept is not None:
-        input = torch.where(kept.unsqueeze(dim), input, 0.0)
-    logits = _capped(input, compute, logit_scale, softcap)
+        x = torch.where(kept.unsqueeze(dim), x, 0.0)
+    logits = _capped(x, logit_scale, softcap)
     log_p = torch.log_softmax(logits, dim)
     count: Tensor | float
     if kept is None:
@@ -190,21 +189,20 @@ def softmax_ce(
 
 
 def _softmax_stats(
-    input: Tensor,
+    x: Tensor,
     target: Tensor,
-    compute: torch.dtype,
     ignore_index: int,
     softcap: float,
     logit_scale: float,
     outputs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse, entropy, prediction and correctness of every row, ignored ones too."""
-    dim = 1 if input.dim() > 1 else 0
+    dim = 1 if x.dim() > 1 else 0
     lse, entropy, prediction, correct = (
-        input.new_empty(0, dtype=dtype) for dtype in (compute, compute, torch.int64, torch.bool)
+        x.new_empty(0, dtype=dtype) for dtype in (x.dtype, x.dtype, torch.int64, torch.bool)
     )
     if outputs:
-        logits = _capped(input, compute, logit_scale, softcap)
+        logits = _capped(x, logit_scale, softcap)
     if outputs & LSE:
         lse = torch.logsumexp(logits, dim)
     if outputs & ENTROPY:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_ce.functional as fused
+from fused_ce import backends
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -302,3 +303,9 @@ def allocated(function: Callable[[], Any]) -> int:
         function()
     events = profile.profiler.kineto_results.events()
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+
+
+def is_native(device: str) -> bool:
+    """Whether compiled kernels serve the device. Plain PyTorch makes copies that they do not."""
+    serving = {(op, where): backend for op, where, backend in backends.table()}
+    return serving["_softmax_ce", device] == "native"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as torch_functional
+from cases import capped, exact_cross_entropy, is_native
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -485,6 +486,355 @@ def check(case: Case, device: Any) -> None:
             got, value = (v.flatten()[at].item() for v in (actual, right[name].value))
             raise AssertionError(f"{name}: {got!r} where {value!r} is right, {error.max():.3g}")
     check_oracle(case, host, loss, right)
+
+
+# ---- classes -------------------------------------------------------------------------------------
+
+LABELS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+# Around the lanes of a vector, a warp, and the threads of a block.
+CLASSES = [1, 2, 3, 4, 5, 7, 8, 10, 15, 16, 17, 31, 32, 33, 64, 65, 100, 129, 257, 1000, 1025, 4097]
+STATS = ["lse", "entropy", "prediction", "correct"]
+
+
+@dataclass(frozen=True)
+class ClassCase:
+    seed: int
+    shape: tuple[int, ...]
+    input: Operand
+    target: Operand
+    weight: Operand | None
+    sample_weight: Operand | None
+    options: dict[str, Any]
+    normalizer_dtype: torch.dtype | None
+    upstream: float
+    stats: list[str]
+    gradients: str
+    spread: float
+    non_finite: bool
+
+
+@st.composite
+def class_cases(draw: st.DrawFn, most: int) -> ClassCase:
+    def rarely() -> bool:
+        return draw(st.integers(0, 3)) == 3
+
+    classes = draw(st.sampled_from([n for n in CLASSES if n <= most]))
+    left = most // classes
+    shape: tuple[int, ...] = (classes,)
+    if draw(st.integers(0, 9)) > 0:
+        rows = draw(st.sampled_from([n for n in [*SIZES, 257, 1031] if n <= left]))
+        left //= rows
+        shape = (rows, classes)
+        for _ in range(draw(st.integers(0, 3))):
+            shape += (draw(st.sampled_from([n for n in SIZES if n <= left])),)
+            left //= shape[-1]
+        if draw(st.integers(0, 19)) == 19:
+            shape = (0, *shape[1:])
+    rows_shape = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    layouts = st.sampled_from(LAYOUTS)
+    input = Operand(draw(st.sampled_from(FLOATS)), draw(layouts), shape)
+    with_labels = draw(st.integers(0, 2)) > 0
+    labels = [dtype for dtype in LABELS if torch.iinfo(dtype).max >= classes]
+    target = Operand(
+        draw(st.sampled_from(labels if with_labels else FLOATS)),
+        draw(layouts),
+        rows_shape if with_labels else shape,
+    )
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["none", "mean", "sum"]))}
+    if with_labels and rarely():
+        options["ignore_index"] = draw(st.sampled_from([0, classes - 1, 100, -100, -1, 2**40]))
+    if rarely():
+        options["label_smoothing"] = draw(st.sampled_from([0.1, 0.01, 1.0]))
+    if rarely():
+        options["on_empty"] = "zero"
+    if rarely():
+        options["softcap"] = draw(st.sampled_from([2.0, 30.0]))
+    if rarely():
+        options["logit_scale"] = draw(st.sampled_from([0.1, 2.0, -1.0]))
+    if rarely():
+        options["z_loss"] = draw(st.sampled_from([1e-4, 0.1]))
+    normalizer_dtype = None
+    if rarely():
+        options["normalizer"] = draw(st.sampled_from([7.0, 1.0, 1000.0]))
+        normalizer_dtype = draw(st.sampled_from([None, *FLOATS, torch.int64]))
+    weight = sample_weight = None
+    if rarely():
+        dtype = input.dtype if with_labels else draw(st.sampled_from(FLOATS))
+        weight = Operand(dtype, draw(st.sampled_from(["", "sliced"])), (classes,))
+    if rarely():
+        kept = rows_shape[: draw(st.integers(0, len(rows_shape)))]
+        sample_weight = Operand(draw(st.sampled_from([*FLOATS, *INTEGERS])), draw(layouts), kept)
+    return ClassCase(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        shape=shape,
+        input=input,
+        target=target,
+        weight=weight,
+        sample_weight=sample_weight,
+        options=options,
+        normalizer_dtype=normalizer_dtype,
+        upstream=draw(st.sampled_from([1.0, 1.0, -2.0, 0.3, 1000.0])),
+        stats=draw(st.lists(st.sampled_from(STATS), unique=True)) if rarely() else [],
+        gradients=draw(st.sampled_from(["none", "input", "input", "inplace", "all"])),
+        spread=draw(st.sampled_from([1.0, 4.0, 30.0])),
+        non_finite=rarely(),
+    )
+
+
+class ClassCall(NamedTuple):
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | float | None
+
+
+def build_classes(case: ClassCase, device: Any) -> ClassCall:
+    generator = torch.Generator().manual_seed(case.seed)
+    rng = random.Random(case.seed)
+
+    def uniform(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    dim = min(1, len(case.shape) - 1)
+    classes = case.shape[dim]
+    x = torch.randn(case.shape, dtype=torch.float64, generator=generator) * case.spread
+    ignore_index = case.options.get("ignore_index")
+    if case.target.dtype in LABELS:
+        labels = (uniform(case.target.shape) * classes).floor()
+        holds = torch.iinfo(case.target.dtype)
+        if ignore_index is not None and holds.min <= ignore_index <= holds.max:
+            labels[uniform(labels.shape) < rng.choice((0.2, 1.0))] = ignore_index
+        target = lay_out(labels, case.target, rng, device)
+        label = target.long().cpu()
+        ignored = label == (-100 if ignore_index is None else ignore_index)
+        if case.non_finite and "expanded" not in case.input.layout:
+            if not case.options.keys() & {"label_smoothing", "logit_scale", "softcap"}:
+                x[uniform(case.shape) < 0.2] = -torch.inf
+                at = torch.where(ignored, 0, label).unsqueeze(dim)
+                x.scatter_(dim, at, 1.0)
+            if not case.stats:
+                x = torch.where(ignored.unsqueeze(dim), torch.nan, x)
+    else:
+        target = lay_out(uniform(case.shape) + 1e-3, case.target, rng, device)
+
+    def weights(operand: Operand | None) -> Tensor | None:
+        if operand is None:
+            return None
+        values = 4 * uniform(operand.shape) - 0.5 * (operand is case.sample_weight)
+        if operand.dtype not in FLOATS:
+            values = values.clamp(min=0).floor()
+        return lay_out(values, operand, rng, device)
+
+    normalizer = case.options.get("normalizer")
+    if case.normalizer_dtype is not None:
+        normalizer = torch.tensor(normalizer, dtype=case.normalizer_dtype, device=device)
+    input = lay_out(x, case.input, rng, device)
+    return ClassCall(input, target, weights(case.weight), weights(case.sample_weight), normalizer)
+
+
+def expected_classes(
+    case: ClassCase, call: ClassCall, upstream: dict[str, Tensor]
+) -> dict[str, Elements]:
+    """Loss, statistics and gradients in float64. What a result is the sum of, its terms, are
+    multiplied by the largest logit, to which errors of a logarithm and of e^x are relative."""
+    dim = min(1, len(case.shape) - 1)
+    column = [1] * len(case.shape)
+    column[dim] = classes = case.shape[dim]
+    x, options = call.input.double(), case.options
+    smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    w = torch.ones(classes, dtype=torch.float64) if call.weight is None else call.weight.double()
+    kept = torch.ones(call.input.sum(dim).shape, dtype=torch.bool)
+    q = call.target.double()
+    count = float(kept.numel())
+    if not call.target.is_floating_point():
+        label = call.target.long()
+        kept = label != options.get("ignore_index", -100)
+        label = torch.where(kept, label, 0)
+        q = torch.nn.functional.one_hot(label, classes).movedim(-1, dim).double()
+        count = (w[label] * kept).sum().item()
+        x = torch.where(kept.unsqueeze(dim) | bool(case.stats), x, 0.0)
+    cap, scale = options.get("softcap"), options.get("logit_scale", 1.0)
+    logits = capped(x, cap, scale)
+    slope = scale * (1.0 if cap is None else 1 - (logits / cap) ** 2)
+    log_p = torch.log_softmax(logits, dim)
+    surprise = torch.where(log_p == -torch.inf, 0.0, -log_p)  # which costs only other classes
+    p, lse = log_p.exp(), torch.logsumexp(logits, dim)
+    entropy = (p * surprise).sum(dim)
+    finite = torch.where(logits.isfinite(), logits, 0.0)
+    size = 1 + finite.abs().amax(dim) if classes else lse.abs()
+
+    b = w.view(column) * (q * (1 - smoothing) + smoothing / classes)
+    a = b.sum(dim)
+    rows = torch.ones_like(lse) if call.sample_weight is None else call.sample_weight.double()
+    rows = rows.reshape(rows.shape + (1,) * (lse.dim() - rows.dim())).expand(lse.shape)
+    loss = (b * surprise).sum(dim) + z_loss * lse**2
+    terms = (a + z_loss * lse.abs()) * size + loss
+    divisor = 1.0
+    if options["reduction"] == "mean":
+        divisor = count if call.normalizer is None else float(call.normalizer)
+    inverse = 1 / divisor if divisor else 0.0
+    each = Elements(
+        torch.where(kept, rows * loss, 0.0), torch.where(kept, (rows * terms).abs(), 0.0)
+    )
+    results = {"loss": each, "lse": Elements(lse, size), "entropy": Elements(entropy, size)}
+    if options["reduction"] != "none":
+        results["loss"] = each.sum_to(()).times(torch.tensor(inverse, dtype=torch.float64))
+        if options["reduction"] == "mean" and divisor == 0 and options.get("on_empty") != "zero":
+            results["loss"] = Elements(*(torch.full((), torch.nan, dtype=torch.float64),) * 2)
+
+    up = torch.where(kept, upstream["loss"].double() * inverse, 0.0)
+    outer = (up * rows).unsqueeze(dim)
+    grad = outer * ((a + 2 * z_loss * lse).unsqueeze(dim) * p - b)
+    most = (a + 2 * z_loss * (lse.abs() + size)).unsqueeze(dim) * p * size.unsqueeze(dim)
+    grad_terms = outer.abs() * (most + b)
+    for name, slope_of, at_most in (
+        ("lse", p, p * size.unsqueeze(dim)),
+        ("entropy", p * (surprise - entropy.unsqueeze(dim)), p * (surprise + 1) * 2),
+    ):
+        if name in upstream:
+            of_rows = upstream[name].double().unsqueeze(dim)
+            grad = grad + of_rows * slope_of
+            grad_terms = grad_terms + of_rows.abs() * at_most * size.unsqueeze(dim)
+    # The slope of tanh is 1 - tanh^2, whose error is one of 1.
+    results["input"] = Elements(grad * slope, grad_terms * abs(scale))
+    if call.target.is_floating_point():
+        factor = outer * w.view(column) * (1 - smoothing)
+        results["target"] = Elements(
+            factor * surprise, factor.abs() * (surprise + size.unsqueeze(dim))
+        )
+    if call.sample_weight is not None:
+        shape = call.sample_weight.shape
+        like = shape + (1,) * (lse.dim() - len(shape))
+        total = Elements(up * loss, up.abs() * terms).sum_to(like)
+        results["sample_weight"] = Elements(*(v.reshape(shape) for v in total))
+    return results
+
+
+def check_classes(case: ClassCase, device: Any) -> None:
+    call = build_classes(case, device)
+    options = case.options | {
+        "weight": call.weight,
+        "sample_weight": call.sample_weight,
+        "normalizer": call.normalizer,
+        "stats": case.stats,
+    }
+    names = {"none": (), "all": ("input", "target", "sample_weight")}
+    wanted = {n: getattr(call, n) for n in names.get(case.gradients, ("input",))}
+    wanted = {n: v for n, v in wanted.items() if v is not None and v.is_floating_point()}
+    for tensor in wanted.values():
+        tensor.requires_grad_()
+    logits = call.input
+    if case.gradients == "inplace" and "expanded" not in case.input.layout:
+        logits = torch.empty_strided(
+            logits.shape, logits.stride(), dtype=logits.dtype, device=device
+        ).copy_(call.input)
+        options["inplace_backward"] = True
+    result = functional.cross_entropy(logits, call.target, **options)
+    loss, stats = result if case.stats else (result, functional.CrossEntropyStats())
+    upstream = {"loss": torch.full(loss.shape, case.upstream, dtype=loss.dtype, device=device)}
+    outputs = {"loss": loss}
+    for name in {"lse", "entropy"} & set(case.stats):
+        outputs[name] = getattr(stats, name)
+        upstream[name] = torch.linspace(-1, 1, outputs[name].numel(), device=device).view(
+            outputs[name].shape
+        )
+        upstream[name] = upstream[name].to(outputs[name].dtype)
+    gradients: tuple[Tensor, ...] = ()
+    if wanted:
+        gradients = torch.autograd.grad(
+            [*outputs.values()], [*wanted.values()], [upstream[name] for name in outputs]
+        )
+
+    host = ClassCall(*(v.detach().cpu() if isinstance(v, Tensor) else v for v in call))
+    right = expected_classes(case, host, {k: v.cpu() for k, v in upstream.items()})
+    # Half a unit for each rounding: in l, l - max, e^, the sum, its logarithm or inverse; of the
+    # weights and their products; of 1 / denominator; of the upstream gradient's product.
+    weights = sum(v is not None for v in (call.weight, call.sample_weight))
+    capped_or_scaled = case.options.keys() & {"softcap", "logit_scale"}
+    ulps = 4 + weights + 2 * len(capped_or_scaled) + 2 * ("z_loss" in case.options)
+    # A row is added up in a few chains of float32; by torch in one, of equal terms if smoothed.
+    classes = case.shape[min(1, len(case.shape) - 1)]
+    ulps += classes**0.5 if is_native(torch.device(device).type) else classes / 4
+    compute = torch.float32
+    if torch.float64 in (call.input.dtype, loss.dtype):
+        compute, ulps = torch.float64, 2 * ulps
+    results = {k: v.detach() for k, v in outputs.items()}
+    results |= dict(zip(wanted, gradients, strict=True))
+    for name, actual in results.items():
+        if name in wanted:
+            assert (actual.dtype, actual.shape) == (wanted[name].dtype, wanted[name].shape)
+        actual = actual.cpu()
+        assert actual.shape == right[name].value.shape
+        error = excess(actual, right[name], compute, ulps, 1e3 * max(1, abs(case.upstream)))
+        if error.numel() and error.max() > 1:
+            at = error.flatten().argmax()
+            got, value = (v.flatten()[at].item() for v in (actual, right[name].value))
+            raise AssertionError(f"{name}: {got!r} where {value!r} is right, {error.max():.3g}")
+    check_prediction(case, host, stats)
+    check_class_oracle(case, host, right, upstream["loss"].double().cpu())
+
+
+def check_prediction(case: ClassCase, call: ClassCall, stats: Any) -> None:
+    dim = min(1, len(case.shape) - 1)
+    logits = capped(
+        call.input.double(), case.options.get("softcap"), case.options.get("logit_scale", 1.0)
+    )
+    best = logits.argmax(dim)
+    if stats.prediction is not None:
+        found = stats.prediction.cpu()
+        if case.options.keys() & {"softcap", "logit_scale"}:  # which round, and may make equal
+            at_found, at_best = (logits.gather(dim, i.unsqueeze(dim)) for i in (found, best))
+            torch.testing.assert_close(at_found, at_best, rtol=1e-6, atol=1e-6)
+            best = found
+        assert torch.equal(found, best)
+        if stats.correct is not None:
+            label = call.target
+            if label.is_floating_point():
+                label = label.argmax(dim)
+                kept = torch.ones_like(label, dtype=torch.bool)
+            else:
+                kept = label.long() != case.options.get("ignore_index", -100)
+            assert torch.equal(stats.correct.cpu(), (best == label) & kept)
+
+
+def check_class_oracle(
+    case: ClassCase, call: ClassCall, right: dict[str, Elements], upstream: Tensor
+) -> None:
+    """The formulas agree with autograd through another one."""
+    if not call.input.isfinite().all() or case.options.get("on_empty"):
+        return
+    x = call.input.double().requires_grad_()
+    t = call.target.double() if call.target.is_floating_point() else call.target
+    arguments = {
+        "weight": None if call.weight is None else call.weight.double(),
+        "sample_weight": None if call.sample_weight is None else call.sample_weight.double(),
+        "normalizer": call.normalizer,
+    }
+    loss = exact_cross_entropy(x, t, **case.options | arguments)
+    torch.testing.assert_close(right["loss"].value, loss, rtol=1e-8, atol=1e-9, equal_nan=True)
+    if not case.stats:
+        (gradient,) = torch.autograd.grad(loss, x, upstream)
+        if loss.isfinite().all():
+            torch.testing.assert_close(right["input"].value, gradient, rtol=1e-8, atol=1e-9)
+
+
+def test_fuzz_of_classes(device: Any) -> None:
+    on_cpu = torch.device(device).type == "cpu"
+    print(f"FUSED_CE_FUZZ_SEED={SEED}")
+
+    @seed(SEED)
+    @settings(
+        max_examples=EXAMPLES if on_cpu else min(EXAMPLES, 60),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(class_cases(8194 if on_cpu else 1030))
+    def run(case: ClassCase) -> None:
+        check_classes(case, device)
+
+    run()
 
 
 def test_fuzz(device: Any) -> None:
