@@ -33,6 +33,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fused_ce.triton import bce as ops  # noqa: E402
+from fused_ce.triton import common  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -578,8 +579,8 @@ def test_same_bits_again() -> None:
 
 @launches
 def test_64_bit_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    collapse = ops._collapse
-    monkeypatch.setattr(ops, "_collapse", lambda *a: (*collapse(*a)[:2], tl.uint64))
+    collapse = common.collapse
+    monkeypatch.setattr(common, "collapse", lambda *a: (*collapse(*a)[:2], tl.uint64))
     x, t = make_input(LOGITS, IMAGE), make_target(IMAGE)
     check(Call(x, t, pos_weight=torch.rand(3, 1, 1), extras=Extras(ignore_index=0)))
     gradient = torch.ones(7, device=DEVICE)
@@ -610,17 +611,17 @@ def test_dimensions_merge(
     shape: tuple[int, ...],
     strides: list[tuple[int, ...]],
     sizes: tuple[int, ...],
-    simple: tuple[ops.Strides, ...],
+    simple: tuple[common.Strides, ...],
 ) -> None:
-    assert ops._collapse(shape, tuple(strides)) == (sizes, simple, tl.uint32)
+    assert common.collapse(shape, tuple(strides)) == (sizes, simple, tl.uint32)
 
 
 def test_index_type() -> None:
     # by number of elements, and by how far the last one lies
-    assert ops._collapse((2**31 - 1,), ((1,),))[2] == tl.uint32
-    assert ops._collapse((2**31,), ((1,),))[2] == tl.uint64
-    assert ops._collapse((3, 2), ((2**30, 1), (2, 1)))[2] == tl.uint64
-    assert ops._collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
+    assert common.collapse((2**31 - 1,), ((1,),))[2] == tl.uint32
+    assert common.collapse((2**31,), ((1,),))[2] == tl.uint64
+    assert common.collapse((3, 2), ((2**30, 1), (2, 1)))[2] == tl.uint64
+    assert common.collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
