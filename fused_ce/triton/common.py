@@ -44,18 +44,24 @@ def precise_log(v, c):
 
 
 @triton.jit
-def pointers(operand, index, sizes):
+def offsets(strides, index, sizes):
+    """How far the elements of these indices lie from the first."""
     offset = tl.zeros_like(index)
-    for d in tl.static_range(len(operand[1])):
-        if d + 1 < len(operand[1]):
+    for d in tl.static_range(len(strides)):
+        if d + 1 < len(strides):
             size = sizes[d].to(index.dtype)
             coordinate = index % size
             index = index // size
         else:
             coordinate = index
-        if operand[1][d] is not None:
-            offset += coordinate * operand[1][d]
-    return operand[0] + offset
+        if strides[d] is not None:
+            offset += coordinate * strides[d]
+    return offset
+
+
+@triton.jit
+def pointers(operand, index, sizes):
+    return operand[0] + offsets(operand[1], index, sizes)
 
 
 @triton.jit
