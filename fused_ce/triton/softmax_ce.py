@@ -304,15 +304,12 @@ def _prepare(
 
 @triton.jit
 def _start(operand, row, sizes, shift, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers to class 0 of rows, or to `shift` elements before it."""
+    """Pointers to class 0 of rows (of one: a scalar), or to `shift` elements before it."""
     offset = offsets(operand[1], row, sizes)
-    if ROWS == 1:
-        offset = tl.sum(offset)
-        if shift is not None:
-            offset -= shift.to(offset.dtype)
-        offset = tl.multiple_of(offset, UNIT)
-    elif UNIT > 1:
-        offset = tl.multiple_of(offset, [UNIT, UNIT])
+    if shift is not None:
+        offset -= shift.to(offset.dtype)
+    if UNIT > 1:
+        offset = tl.multiple_of(offset, UNIT if ROWS == 1 else [UNIT, UNIT])
     return operand[0] + offset
 
 
@@ -410,12 +407,15 @@ def _rows(
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tl.full([], i, INDEX) * ROWS + tl.arange(0, ROWS)[:, None].to(INDEX)
         exists = row < rows
+        start = row
+        if ROWS == 1:
+            start = tl.full([], i, INDEX)
         shift = None
         margin = tl.zeros([], CLASS)
         if SHIFTED:
-            margin = tl.sum(offsets(input[1], row, sizes) % UNIT).to(CLASS)
+            margin = (offsets(input[1], start, sizes) % UNIT).to(CLASS)
             shift = margin
-        x = _start(input, row, sizes, shift, UNIT, ROWS)
+        x = _start(input, start, sizes, shift, UNIT, ROWS)
         kept = exists
         if not PROBABILITIES:
             y = load(target, row, sizes, exists).to(tl.int64)
@@ -462,7 +462,7 @@ def _rows(
 
         places = (
             x,
-            _start(target, row, sizes, shift, UNIT, ROWS) if PROBABILITIES else None,
+            _start(target, start, sizes, shift, UNIT, ROWS) if PROBABILITIES else None,
             weight - margin * steps[2] if weight is not None else None,
         )
         tile = (places, steps, (classes, margin), form, smooth, (live, exists))
@@ -557,7 +557,7 @@ def _rows(
             cleared = None
             if STATS or ZERO_ON_EMPTY:
                 cleared = graded
-            output = (_start(gradient, row, sizes, shift, UNIT, ROWS), steps[3])
+            output = (_start(gradient, start, sizes, shift, UNIT, ROWS), steps[3])
             if SINGLE:
                 block = (c, place_of_block, inside, True)
                 distance = logit - base
@@ -573,8 +573,8 @@ def _rows(
         if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
             lanes = tl.arange(0, FINISH)
             by_lane = tl.zeros([FINISH], tl.float64)
-            for start in range(0, programs, FINISH):
-                some = start + lanes
+            for done in range(0, programs, FINISH):
+                some = done + lanes
                 partial = tl.load(sums + some, mask=some < programs, other=0, cache_modifier=".cg")
                 by_lane += partial.to(tl.float64)
             by = mean_divisor(counts, counters, normalizer, denominator, COUNTERS)
@@ -625,7 +625,7 @@ def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, A
         "BLOCK": block,
         "CLASS": tl.int32 if farthest < 2**31 else tl.int64,
     }
-    return layout, max(1, min(8, across * block // 1024))
+    return layout, max(1, min(8, across * block // (1024 if block >= 1024 else 512)))
 
 
 def _run(
