@@ -151,7 +151,10 @@ def _largest(best, value, c, inside, classes):
     if inside is not None:
         value = tl.where(inside, value, float("-inf"))
     top = tl.max(value, 1, keep_dims=True)
-    first = tl.min(tl.where(value == top, c, classes), 1, keep_dims=True)
+    is_top = value == top
+    if inside is not None:
+        is_top = is_top & inside
+    first = tl.min(tl.where(is_top, c, classes), 1, keep_dims=True)
     first = tl.where(top == best[0], tl.minimum(first, best[1]), first)
     first = tl.where(top >= best[0], first, best[1])
     nan = tl.min(tl.where(value != value, c, classes), 1, keep_dims=True)
@@ -443,7 +446,7 @@ def _rows(
             graded = kept
         if gradient is not None and OF_LOSS:
             if ZERO_ON_EMPTY:
-                graded = kept & (divisor != 0.0)
+                graded = kept & (tl.zeros([ROWS, 1], tl.float64) + divisor != 0.0)
             on_loss = row_weight * inverse
             if grad_loss is not None:
                 on_loss *= load(grad_loss, row, sizes, exists).to(COMPUTE)
@@ -611,6 +614,7 @@ def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, A
     shifted = (
         not single
         and across == 1
+        and block >= 16  # the first block has all of the margin
         and unit * input.element_size() < 16
         and all(s == 1 for s in steps)
         and all(t.stride() == input.stride() for t in tensors)
