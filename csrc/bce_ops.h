@@ -30,9 +30,6 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   a.denominator = denominator.value_or(0.0);
   a.zero_on_empty = zero_on_empty;
   a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
-  auto is_half = [](ScalarType type) {
-    return type == ScalarType::Half || type == ScalarType::BFloat16;
-  };
   a.half_precision = is_half(dtype) && is_half(input.scalar_type());
 
   auto sizes = input.sizes();

@@ -39,6 +39,14 @@ struct IndexSpace {
   int64_t numel = 1;
 };
 
+// How far the operand's last element lies behind its first; -1 in an empty space.
+inline int64_t last_offset(const Operand& operand, const IndexSpace& space) {
+  if (space.numel == 0) return -1;
+  int64_t last = 0;
+  for (int d = 0; d < space.rank; ++d) last += (space.sizes[d] - 1) * operand.strides[d];
+  return last;
+}
+
 // Orders the dimensions by the strides of the first operand, then merges them. `operands` must hold
 // strides for all `space.rank` dimensions, outermost first; absent ones are skipped.
 inline void merge_dimensions(IndexSpace& space, Operand* const* operands, int count) {

@@ -43,6 +43,26 @@ namespace math {
   {0.999991598744f,  -0.499361349683f, 0.325206566685f, \
    -0.210048436723f, 0.10122206172f,   -0.0238690834899f}
 
+// a b + c, rounded once where the machine can. Said outright, and the compiler is kept from
+// choosing: a formula then gives the same bits in every kernel that uses it, so that a second
+// backward gives the first one's.
+#if defined(__CUDA_ARCH__) || defined(__FMA__)
+FUSED_CE_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FUSED_CE_HOST_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+#else
+FUSED_CE_HOST_DEVICE float multiply_add(float a, float b, float c) { return a * b + c; }
+FUSED_CE_HOST_DEVICE double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
+#if !defined(__CUDACC__)
+// What no operator says of V. vector.h says it with the instruction sets' own operations.
+template <class V>
+struct Machine;
+template <class V>
+FUSED_CE_HOST_DEVICE V multiply_add(V a, V b, V c) {
+  return Machine<V>::multiply_add(a, b, c);
+}
+#endif
+
 template <class V, int kTerms>
 FUSED_CE_HOST_DEVICE V polynomial(V x, const float (&coefficients)[kTerms]) {
   V sum = V{} + coefficients[kTerms - 1];
@@ -51,7 +71,7 @@ FUSED_CE_HOST_DEVICE V polynomial(V x, const float (&coefficients)[kTerms]) {
 #elif !defined(__CUDACC__)
 #pragma GCC unroll 16
 #endif
-  for (int i = kTerms - 2; i >= 0; --i) sum = sum * x + coefficients[i];
+  for (int i = kTerms - 2; i >= 0; --i) sum = multiply_add(sum, x, V{} + coefficients[i]);
   return sum;
 }
 
@@ -110,13 +130,7 @@ __device__ __forceinline__ float log1p_unit(float e) {
 #else  // CPU: V is float or a vector of floats; the same bit operations serve both.
 
 template <class V>
-struct BitsOf;
-template <>
-struct BitsOf<float> {
-  using type = int32_t;
-};
-template <class V>
-using Bits = typename BitsOf<V>::type;
+using Bits = typename Machine<V>::Bits;
 
 template <class To, class From>
 FUSED_CE_HOST_DEVICE To bit_cast(From from) {
@@ -130,29 +144,61 @@ template <class V>
 FUSED_CE_HOST_DEVICE V absolute(V x) {
   return bit_cast<V>(bit_cast<Bits<V>>(x) & 0x7fffffff);
 }
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+
+// x * 2^n for a whole n in [-190, 63], in two factors, so that results below the smallest normal
+// float round once and a NaN stays one.
 template <class V>
-FUSED_CE_HOST_DEVICE V reciprocal(V x) {
-  return 1.0f / x;
+FUSED_CE_HOST_DEVICE V times_power_by_bits(V x, V n) {
+  V scale = bit_cast<V>((bit_cast<Bits<V>>(n + kRound) - (0x4b400000 - 127 - 64)) << 23);
+  return x * scale * 5.42101086242752217004e-20f;  // 2^-64
 }
 
-// exp(-y) = 2^n * exp(r), r in [-ln2/2, ln2/2]; 2^n is applied in two factors, so that results
-// below the smallest normal float round once and a NaN stays one. Right for y >= -43; y above 104
-// gives 0.
+template <>
+struct Machine<float> {
+  using Bits = int32_t;
+  // A NaN stays one.
+  FUSED_CE_HOST_DEVICE static float at_most(float limit, float x) { return x > limit ? limit : x; }
+  FUSED_CE_HOST_DEVICE static float reciprocal(float x) { return 1.0f / x; }
+  FUSED_CE_HOST_DEVICE static float times_power_of_two(float x, float n) {
+    return times_power_by_bits(x, n);
+  }
+};
+
+template <>
+struct Machine<double> {
+  // y where either is NaN.
+  FUSED_CE_HOST_DEVICE static double greater(double x, double y) { return x > y ? x : y; }
+};
+
+template <class V>
+FUSED_CE_HOST_DEVICE V reciprocal(V x) {
+  return Machine<V>::reciprocal(x);
+}
+FUSED_CE_HOST_DEVICE float tanh(float x) { return tanhf(x); }
+FUSED_CE_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
+
+// exp(-y) = 2^n * exp(r), r in [-ln2/2, ln2/2]. Right for y >= -43; y above 104 gives 0.
 template <Precision kPrecision, class V>
 FUSED_CE_HOST_DEVICE V exp_negative(V y) {
-  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  y = y > 104.0f ? V{} + 104.0f : y;
-  V shifted = kRound - y * 1.44269502162933349609375f;
-  V n = shifted - kRound;
-  V r = -y - n * 0.693145751953125f;
-  r = r - n * 1.42860682030941723212e-6f;
-  // Remez fit of (exp(r) - 1 - r) / r^2, relative error of exp 3.1e-9.
-  const float c[] = {0.499999934514f, 0.166665206896f, 0.0416683874427f, 0.00836870986152f,
-                     0.00138146087989f};
-  V p = (r * r) * polynomial<V>(r, c) + r;
-  p = p + 1.0f;
-  V scale = bit_cast<V>((bit_cast<Bits<V>>(shifted) - (0x4b400000 - 127 - 64)) << 23);
-  return p * scale * 5.42101086242752217004e-20f;  // 2^-64
+  y = Machine<V>::at_most(104.0f, y);
+  V n = multiply_add(y, V{} - 1.44269502162933349609375f, V{} + kRound) - kRound;
+  if constexpr (kPrecision == Precision::kHalf) {
+    V r = multiply_add(n, V{} - 0.693147182464599609375f, -y);
+    // Remez fit of (exp(r) - 1) / r, relative error of exp 5.4e-6.
+    const float c[] = {0.999939628308f, 0.49998994882f, 0.168173100862f, 0.0419175298056f};
+    V p = multiply_add(polynomial<V>(r, c), r, V{} + 1.0f);
+    return Machine<V>::times_power_of_two(p, n);
+  } else {
+    V r = multiply_add(n, V{} - 0.693145751953125f, -y);
+    r = multiply_add(n, V{} - 1.42860682030941723212e-6f, r);
+    // Remez fit of (exp(r) - 1 - r) / r^2, relative error of exp 3.1e-9.
+    const float c[] = {0.499999934514f, 0.166665206896f, 0.0416683874427f, 0.00836870986152f,
+                       0.00138146087989f};
+    V p = multiply_add(r * r, polynomial<V>(r, c), r);
+    return Machine<V>::times_power_of_two(p + 1.0f, n);
+  }
 }
 
 // log1p(e) for e in [0, 1].
@@ -163,7 +209,7 @@ FUSED_CE_HOST_DEVICE V log1p_unit(V e) {
     return e * polynomial<V>(e, c);
   } else {
     const float c[] = FUSED_CE_LOG1P_FULL;
-    return (e * e) * polynomial<V>(e, c) + e;
+    return multiply_add(e * e, polynomial<V>(e, c), e);
   }
 }
 
@@ -183,8 +229,8 @@ FUSED_CE_HOST_DEVICE V log(V x) {
   const float c[] = {0.333333167225f, -0.250008103241f, 0.200022867143f, -0.166245572372f,
                      0.141811804401f, -0.13128709817f,  0.128817256184f, -0.078598422185f};
   V f2 = f * f;
-  V tail = f2 * f * polynomial<V>(f, c) + k * 1.42860682030941723212e-6f;
-  V result = (f - (f2 * 0.5f - tail)) + k * 0.693145751953125f;
+  V tail = multiply_add(f2 * f, polynomial<V>(f, c), k * 1.42860682030941723212e-6f);
+  V result = multiply_add(k, V{} + 0.693145751953125f, f - multiply_add(f2, V{} + 0.5f, -tail));
   result = x == 0.0f ? V{} - __builtin_inff() : result;
   result = x < 0.0f ? V{} + __builtin_nanf("") : result;
   return x > 3.4028234e38f || x != x ? x : result;
@@ -216,8 +262,8 @@ struct BceLogits {
     V e = math::exp_negative<kPrecision>(y);
     V m = x >= 0.0f ? negative : positive;
     V wrong_side = m == 0.0f ? m : m * y;
-    V gradient = m + total * (e * math::reciprocal(-1.0f - e));
-    return {wrong_side + total * math::log1p_unit<kPrecision>(e),
+    V gradient = math::multiply_add(total, e * math::reciprocal(-1.0f - e), m);
+    return {math::multiply_add(total, math::log1p_unit<kPrecision>(e), wrong_side),
             gradient * (x >= 0.0f ? scale : -scale)};
   }
 };
@@ -271,7 +317,8 @@ struct BceProbability {
     log_q = q == 0.0f ? q - 100.0f : log_q;
     const ScalarOf<V> kSmallest = 1e-12;
     V pq = p * q;
-    return {-(t * log_p + (1.0f - t) * log_q), (p - t) / (pq < kSmallest ? V{} + kSmallest : pq)};
+    return {-math::multiply_add(t, log_p, (1.0f - t) * log_q),
+            (p - t) / (pq < kSmallest ? V{} + kSmallest : pq)};
   }
 };
 
@@ -299,10 +346,10 @@ struct FocalLogits {
     V n = x >= 0.0f ? t : negative;
     V wrong_side = m == 0.0f ? m : m * y;
     V ce = wrong_side + log1p_e;
-    V ce_gradient = m - e * r;
+    V ce_gradient = math::multiply_add(-e, r, m);
     ce_gradient = x >= 0.0f ? ce_gradient : -ce_gradient;
     // u = r base, or r e base on the right side of a hard label.
-    V base = m == 0.0f ? n : m + n * e;
+    V base = m == 0.0f ? n : math::multiply_add(n, e, m);
     V slope = (negative - t) * r;
     V u_slope = (m == 0.0f ? slope : slope * e) / base;
     V modulation = V{} + 1.0f;
@@ -311,10 +358,66 @@ struct FocalLogits {
       modulation = math::exp_negative<kPrecision>(log_u * -options.gamma);
       modulation = base < 0.0f ? modulation * options.parity : modulation;
     }
-    V factor = modulation * (options.positive * t + options.negative * negative);
+    V factor =
+        modulation * math::multiply_add(V{} + options.positive, t, options.negative * negative);
     // At an infinite logit on the wrong side the loss is infinite while u stands still.
-    V bend = u_slope == 0.0f ? V{} : ce * options.gamma * u_slope;
-    return {factor * ce, factor * (ce_gradient + bend)};
+    V slope_of_u = u_slope == 0.0f ? ce_gradient
+                                   : math::multiply_add(ce * options.gamma, u_slope, ce_gradient);
+    return {factor * ce, factor * slope_of_u};
+  }
+};
+
+// One row of softmax cross entropy. One pass over its logits l_c, with a coefficient b_c for each
+// (the weighted probability or share of label smoothing), adds up these, all relative to a
+// `reference` near the largest logit, so that nothing overflows and nothing cancels.
+template <class V>
+struct SoftmaxSums {
+  V reference;
+  V exponentials;  // sum of e_c = exp(l_c - reference)
+  V coefficients;  // sum of b_c
+  V cost;          // sum of b_c (reference - l_c)
+  V entropy;       // sum of e_c (reference - l_c)
+};
+
+// What follows from the sums, with lse = reference + log(sum of e_c), the label's logit l_y and
+// weight w_y (0 without a label):
+//   loss = w_y (lse - l_y) + sum of b_c (lse - l_c) + z_loss lse^2
+//   entropy = lse - sum of p_c l_c
+//   d loss / d l_c = (w_y + sum of b + 2 z_loss lse) p_c - b_c - [c = y] w_y
+//   d lse / d l_c = p_c,  d entropy / d l_c = -p_c (l_c - lse + entropy)
+template <class V>
+struct SoftmaxRow {
+  V log_sum, inverse, lse, entropy, loss;
+
+  FUSED_CE_HOST_DEVICE static SoftmaxRow evaluate(const SoftmaxSums<V>& sums, V label_weight,
+                                                  V label_logit, V z_loss) {
+    SoftmaxRow row;
+    row.log_sum = math::log(sums.exponentials);
+    row.inverse = 1.0f / sums.exponentials;
+    row.lse = sums.reference == V{} + INFINITY ? sums.reference : sums.reference + row.log_sum;
+    row.entropy = math::multiply_add(sums.entropy, row.inverse, row.log_sum);
+    V label_cost = label_weight * ((sums.reference - label_logit) + row.log_sum);
+    V shared = sums.coefficients * row.log_sum;
+    row.loss = (label_weight == 0.0f ? label_weight : label_cost) + sums.cost +
+               (sums.coefficients == 0.0f ? V{} : shared) + z_loss * row.lse * row.lse;
+    return row;
+  }
+};
+
+// d / d l_c of all upstream gradients together is
+//   e_c (exponential + entropy (reference - l_c)) - b_c coefficient - [c = y] label.
+template <class V>
+struct SoftmaxGradient {
+  V exponential, entropy, coefficient, label;
+
+  FUSED_CE_HOST_DEVICE static SoftmaxGradient evaluate(const SoftmaxSums<V>& sums,
+                                                       const SoftmaxRow<V>& row, V label_weight,
+                                                       V z_loss, V grad_loss, V grad_lse,
+                                                       V grad_entropy) {
+    V total = label_weight + sums.coefficients + 2.0f * z_loss * row.lse;
+    V of_entropy = grad_entropy * (row.log_sum - row.entropy);
+    return {(grad_loss * total + grad_lse + of_entropy) * row.inverse, grad_entropy * row.inverse,
+            grad_loss, grad_loss * label_weight};
   }
 };
 

@@ -41,7 +41,8 @@ struct SoftmaxCeArguments {
   bool has_denominator;
   double denominator;
   bool zero_on_empty;
-  bool in_double;  // compute in float64, and lse and entropy are float64; else float32
+  bool in_double;       // compute in float64, and lse and entropy are float64; else float32
+  bool half_precision;  // loss and gradient are half types: kHalf terms are enough
 
   // Whether the mean's denominator is the sum of the labels' weights, to be found first.
   bool sums_weights() const {

@@ -54,6 +54,8 @@ inline SoftmaxCeArguments softmax_ce_arguments(
   a.zero_on_empty = zero_on_empty;
   a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
 
+  a.half_precision = is_half(dtype) && is_half(input.scalar_type());
+
   STD_TORCH_CHECK(input.dim() > 0, "input must have a dimension of classes");
   int classes = class_dimension(input);
   a.classes = input.size(classes);

@@ -43,6 +43,10 @@ inline Dtype dtype_of(ScalarType type) {
 
 inline bool is_float(ScalarType type) { return dtype_of(type) <= Dtype::kBFloat16; }
 
+inline bool is_half(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),

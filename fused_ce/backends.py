@@ -21,8 +21,17 @@ import torch
 from torch import Tensor
 
 from fused_ce import _C, reference  # loading _C registers the ops
+from fused_ce.arguments import raise_index_error
 
-OPS = ("_bce", "_bce_with_gradient", "_bce_backward", "_scale_")
+OPS = (
+    "_bce",
+    "_bce_with_gradient",
+    "_bce_backward",
+    "_softmax_ce",
+    "_softmax_ce_with_gradient",
+    "_softmax_ce_backward",
+    "_scale_",
+)
 DEVICES = ("CPU", "CUDA")
 BACKENDS = ("native", "triton", "reference")
 
@@ -33,23 +42,63 @@ _NATIVE = {
 }
 
 
+def _differentiated(
+    function: Callable[..., tuple[Tensor, ...]],
+    input: Tensor,
+    options: list[Any],
+    grads: tuple[Tensor | None, ...],
+    gradient: Tensor,
+) -> tuple[Tensor, ...]:
+    """The results of `function`; writes the gradient of `input`, given that of the results."""
+    # An op may be called below autograd, as it is from compiled code.
+    with_autograd = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with with_autograd, torch.enable_grad():
+        leaf = input.detach().requires_grad_()
+        results = function(leaf, *options)
+        seeded = [
+            (result, grad.expand_as(result).to(result.dtype))
+            for result, grad in zip(results, grads, strict=False)
+            if grad is not None
+        ]
+        outputs, upstream = zip(*seeded, strict=True)
+        (computed,) = torch.autograd.grad(outputs, leaf, upstream)
+    gradient.copy_(computed)
+    return tuple(result.detach() for result in results)
+
+
+def _bce(*arguments: Any) -> tuple[Tensor]:
+    return (reference.bce(*arguments),)
+
+
 def _reference_bce_with_gradient(input: Tensor, *rest: Any) -> Tensor:
     *options, gradient = rest
-    with torch.enable_grad():
-        leaf = input.detach().requires_grad_()
-        loss = reference.bce(leaf, *options)
-        (computed,) = torch.autograd.grad(loss, leaf)
-    gradient.copy_(computed)
-    return loss.detach()
+    return _differentiated(_bce, input, options, (input.new_ones(()),), gradient)[0]
 
 
 def _reference_bce_backward(grad_output: Tensor, input: Tensor, *rest: Any) -> None:
     *options, gradient = rest
-    with torch.enable_grad():
-        leaf = input.detach().requires_grad_()
-        loss = reference.bce(leaf, *options)
-        (computed,) = torch.autograd.grad(loss, leaf, grad_output.expand_as(loss).to(loss.dtype))
-    gradient.copy_(computed)
+    _differentiated(_bce, input, options, (grad_output,), gradient)
+
+
+def _reference_softmax_ce_with_gradient(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *options, gradient = rest
+    one = input.new_ones(())
+    return _differentiated(reference.softmax_ce, input, options, (one,), gradient)
+
+
+def _reference_softmax_ce_backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    input: Tensor,
+    *rest: Any,
+) -> None:
+    *options, _, _, gradient = rest
+    options.append(reference.LSE | reference.ENTROPY)
+    grads = (grad_loss, grad_lse, grad_entropy)
+    _differentiated(reference.softmax_ce, input, options, grads, gradient)
 
 
 def _reference_scale_(gradient: Tensor, scale: Tensor) -> None:
@@ -60,6 +109,9 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "_bce": reference.bce,
     "_bce_with_gradient": _reference_bce_with_gradient,
     "_bce_backward": _reference_bce_backward,
+    "_softmax_ce": reference.softmax_ce,
+    "_softmax_ce_with_gradient": _reference_softmax_ce_with_gradient,
+    "_softmax_ce_backward": _reference_softmax_ce_backward,
     "_scale_": _reference_scale_,
 }
 
@@ -73,9 +125,9 @@ def _has_triton() -> bool:
 
 
 def _triton_ops() -> dict[str, Callable[..., Any]]:
-    from fused_ce.triton import bce as triton_bce
+    from fused_ce.triton import bce, softmax_ce
 
-    return triton_bce.OPS
+    return bce.OPS | softmax_ce.OPS
 
 
 def _is_available(name: str, op: str, device: str) -> bool:
@@ -158,7 +210,8 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises RuntimeError for bad input that a CUDA kernel has found since the last call.
+    """Raises IndexError for a label out of range, and RuntimeError for other bad input, that a CUDA
+    kernel has found since the last call.
 
     Waits for the current device's work to end first. Without this call, the next call into the
     package after the kernel has run raises it.
@@ -167,6 +220,7 @@ def check() -> None:
         torch.cuda.synchronize()
     report = _C.take_report()
     if report:
+        raise_index_error(report)
         raise RuntimeError(report)
 
 

@@ -12,23 +12,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import _reduction as torch_reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_ce import reference
+from fused_ce.arguments import (
+    FLOATS,
+    REALS,
+    REDUCTIONS,
+    dtype_name,
+    is_autocast_enabled,
+    is_zero_on_empty,
+    on_device,
+    raise_index_error,
+    read_normalizer,
+    read_sample_weight,
+    reduction_code,
+)
+from fused_ce.autograd import (
+    Overwritten,
+    apply_overwriting,
+    composed_gradients,
+    forward_gradient,
+    is_composed,
+    transforms_active,
+)
 from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_INPUT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-_TARGET_DTYPES = _INPUT_DTYPES | {
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-}
 
 _bce_op = torch.ops.fused_ce._bce.default
 _bce_with_gradient_op = torch.ops.fused_ce._bce_with_gradient.default
@@ -108,7 +116,7 @@ def binary_cross_entropy_with_logits(
             inplace_backward=inplace_backward,
         )
         return overridden
-    code = _reduction_code(reduction, size_average, reduce)
+    code = reduction_code(reduction, size_average, reduce)
     if target.shape != input.shape:
         raise ValueError(
             f"Target size ({target.size()}) must be the same as input size ({input.size()})"
@@ -193,7 +201,7 @@ def binary_cross_entropy(
             on_empty=on_empty,
         )
         return overridden
-    code = _reduction_code(reduction, size_average, reduce)
+    code = reduction_code(reduction, size_average, reduce)
     if target.shape != input.shape:
         raise ValueError(
             f"Using a target size ({target.size()}) that is different to the input size "
@@ -202,9 +210,11 @@ def binary_cross_entropy(
     if (
         input.dtype != target.dtype
         and (target.is_floating_point() or not input.is_floating_point())
-        and not _is_autocast_enabled(input)
+        and not is_autocast_enabled(input)
     ):
-        raise RuntimeError(f"Found dtype {_dtype_name(target)} but expected {_dtype_name(input)}")
+        raise RuntimeError(
+            f"Found dtype {dtype_name(target.dtype)} but expected {dtype_name(input.dtype)}"
+        )
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         raise RuntimeError(
             "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
@@ -294,7 +304,7 @@ def sigmoid_focal_loss(
         )
     if not gamma >= 0:
         raise ValueError(f"Invalid gamma value: {gamma}. gamma must not be negative.")
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(
             f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: "
             "'none', 'mean', 'sum'"
@@ -310,7 +320,7 @@ def sigmoid_focal_loss(
         None,
         None,
         FOCAL,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
         ignore_index,
         label_smoothing,
         sample_weight,
@@ -322,28 +332,17 @@ def sigmoid_focal_loss(
     )
 
 
-def _reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
-    if size_average is not None or reduce is not None:
-        return torch_reduction.legacy_get_enum(size_average, reduce)
-    code = _REDUCTIONS.get(reduction)
-    return torch_reduction.get_enum(reduction) if code is None else code
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return torch.empty(0, dtype=tensor.dtype).type().rpartition(".")[2].removesuffix("Tensor")
-
-
 def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{argument} must be Tensor, not {type(weight).__name__}")
     shape, full = weight.shape, input.shape
     if len(shape) != len(full) or shape != full:  # the lengths first: sizes may be symbols
         _check_broadcast(shape, full, "pos_weight" in argument)
-    if weight.dtype not in _TARGET_DTYPES:
+    if weight.dtype not in REALS:
         raise NotImplementedError(f"{argument} of dtype {weight.dtype} is not supported")
     if weight.layout is not torch.strided:
         weight = weight.to_dense()
-    return _on_device(weight, input)
+    return on_device(weight, input)
 
 
 def _check_broadcast(shape: torch.Size, full: torch.Size, swapped: bool) -> None:
@@ -367,37 +366,6 @@ def _check_broadcast(shape: torch.Size, full: torch.Size, swapped: bool) -> None
         )
 
 
-def _is_autocast_enabled(input: Tensor) -> bool:
-    # The meta device has no autocast; asking for it raises.
-    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
-
-
-def _on_device(tensor: Tensor, input: Tensor) -> Tensor:
-    if tensor.device == input.device:
-        return tensor
-    # Torch lets a 0-D tensor of the CPU stand for a number.
-    if tensor.dim() == 0 and tensor.device.type == "cpu":
-        return tensor.to(input.device)
-    raise RuntimeError(
-        "Expected all tensors to be on the same device, but found at least two devices, "
-        f"{input.device} and {tensor.device}!"
-    )
-
-
-def _sample_weight_like(input: Tensor, sample_weight: Tensor) -> Tensor:
-    if not isinstance(sample_weight, Tensor):
-        raise TypeError(f"sample_weight must be Tensor, not {type(sample_weight).__name__}")
-    shape = sample_weight.shape
-    if shape != input.shape[: len(shape)]:
-        raise ValueError(
-            f"sample_weight of shape {list(shape)} must have the shape of the input's leading "
-            f"dimensions, {list(input.shape)}"
-        )
-    if sample_weight.dtype not in _TARGET_DTYPES:
-        raise NotImplementedError(f"sample_weight of dtype {sample_weight.dtype} is not supported")
-    return sample_weight.reshape(shape + (1,) * (input.dim() - len(shape)))
-
-
 def _prepare(
     name: str,
     input: Tensor,
@@ -417,44 +385,33 @@ def _prepare(
 ) -> Tensor:
     dtype = input.dtype
     target_dtype = target.dtype
-    if dtype not in _INPUT_DTYPES or target_dtype not in _TARGET_DTYPES:
-        kind, wrong = ("input", dtype) if dtype not in _INPUT_DTYPES else ("target", target_dtype)
+    if dtype not in FLOATS or target_dtype not in REALS:
+        kind, wrong = ("input", dtype) if dtype not in FLOATS else ("target", target_dtype)
         raise NotImplementedError(f"{name} is not implemented for {kind} of dtype {wrong}")
     if input.layout is not torch.strided or target.layout is not torch.strided:
         raise NotImplementedError(
             f"{name} needs strided tensors, not {input.layout}, {target.layout}"
         )
     if target.device != input.device:
-        target = _on_device(target, input)
+        target = on_device(target, input)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if on_empty != "nan" and on_empty != "zero":
-        raise ValueError(f"on_empty must be 'nan' or 'zero', not {on_empty!r}")
+    zero_on_empty = is_zero_on_empty(on_empty)
     if ignore_index is not None and not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
-    if target_dtype in _INPUT_DTYPES and target_dtype != dtype:
+    if target_dtype in FLOATS and target_dtype != dtype:
         # torchvision's formula promotes where torch's function takes the target's dtype.
         dtype = torch.promote_types(dtype, target_dtype) if form == FOCAL else target_dtype
-    if _is_autocast_enabled(input) and torch.float64 not in (dtype, input.dtype):
+    if is_autocast_enabled(input) and torch.float64 not in (dtype, input.dtype):
         dtype = torch.float32
     if sample_weight is not None:
-        rows = _on_device(_sample_weight_like(input, sample_weight), input)
+        rows = read_sample_weight(sample_weight, input, input.shape)
         if weight is None:
             weight = rows
         else:  # in the precision of the arithmetic: a product of half types would be rounded to one
             in_double = torch.float64 in (dtype, input.dtype)
             weight = weight * rows.to(torch.float64 if in_double else torch.float32)
-    denominator = None
-    if normalizer is not None:
-        if isinstance(normalizer, Tensor):
-            if normalizer.numel() != 1 or normalizer.dtype not in _TARGET_DTYPES:
-                raise ValueError("normalizer must be a number or a tensor of one real number")
-            normalizer = _on_device(normalizer.reshape(()), input)
-        elif isinstance(normalizer, str):  # float() would parse it
-            raise TypeError("normalizer must be a number or a tensor, not str")
-        else:
-            denominator = float(normalizer)
-            normalizer = None
+    normalizer, denominator = read_normalizer(normalizer, input)
     options = (
         form,
         reduction,
@@ -464,13 +421,13 @@ def _prepare(
         alpha,
         gamma,
         denominator,
-        on_empty == "zero",
+        zero_on_empty,
     )
-    return _apply(input, target, weight, pos_weight, normalizer, options, inplace)
-
-
-def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    try:
+        return _apply(input, target, weight, pos_weight, normalizer, options, inplace)
+    except RuntimeError as error:  # what an earlier call has found on CUDA
+        raise_index_error(str(error))
+        raise
 
 
 def _apply(
@@ -482,85 +439,33 @@ def _apply(
     options: tuple[Any, ...],
     inplace: bool,
 ) -> Tensor:
-    if _transforms_active() or (normalizer is not None and normalizer.requires_grad):
-        return reference.bce(input, target, weight, pos_weight, normalizer, *options)
+    arguments = (input, target, weight, pos_weight, normalizer)
+    if transforms_active() or (normalizer is not None and normalizer.requires_grad):
+        return reference.bce(*arguments, *options)
     others_require_grad = (
         target.requires_grad
         or (weight is not None and weight.requires_grad)
         or (pos_weight is not None and pos_weight.requires_grad)
     )
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
-        return _bce_op(input, target, weight, pos_weight, normalizer, *options)  # type: ignore[no-any-return]
+        return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
         if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `_composed`.
-            return reference.bce(input, target, weight, pos_weight, normalizer, *options)
-        return _BCE.apply(input, target, weight, pos_weight, normalizer, options, None)  # type: ignore[no-any-return,no-untyped-call]
-    if not inplace or not input.requires_grad:
-        return _bce_function(input, target, weight, pos_weight, normalizer, options, None)
-    _check_overwritable(input)
-    overwritten = _Overwritten(input)
-    loss = _bce_function(input, target, weight, pos_weight, normalizer, options, overwritten)
-    _RaiseOnUse.apply(input)  # type: ignore[no-untyped-call]
-    overwritten.version = input._version
-    return loss
-
-
-class _Overwritten:
-    """Logits whose memory the gradient takes over, and the version they must still have then."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits.detach()
-        self.version = logits._version
-        self.holds_gradient = False
-
-    def check(self) -> None:
-        if self.logits._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                "inplace operation: the logits given to a loss with inplace_backward=True, whose "
-                "memory holds the gradient"
-            )
-
-
-def _check_overwritable(input: Tensor) -> None:
-    if input.is_leaf:
-        raise RuntimeError(
-            "a leaf Variable that requires grad is being used in an in-place operation "
-            "(inplace_backward=True overwrites the logits)."
-        )
-    if torch._debug_has_internal_overlap(input) == 1:
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a "
-            "single memory location. Please clone() the tensor before performing the operation "
-            "(inplace_backward=True overwrites the logits)."
-        )
-
-
-class _RaiseOnUse(torch.autograd.Function):
-    """Makes every later use of an overwritten tensor raise in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.mark_dirty(logits)
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        raise RuntimeError(
-            "the logits of a loss with inplace_backward=True were used again: their memory holds "
-            "the gradient"
-        )
+            # Dynamo cannot trace the torch.autograd.grad of `composed_gradients`.
+            return reference.bce(*arguments, *options)
+        return _BCE.apply(*arguments, options, None)  # type: ignore[no-any-return,no-untyped-call]
+    if inplace and input.requires_grad:
+        return apply_overwriting(lambda o: _bce_function(*arguments, options, o), input)  # type: ignore[no-any-return]
+    return _bce_function(*arguments, options, None)
 
 
 class _BCE(torch.autograd.Function):
     """`_bce` under autograd.
 
     For "mean" and "sum" the gradient is written in the forward pass, while the logits are in
-    registers, and backward only scales it; not for float16, whose range cannot hold a gradient
-    before the upstream one (a loss scale) multiplies it, and not under saved-tensor hooks
-    (checkpointing, offloading), which are there to keep nothing. Backward takes that gradient once;
-    a second backward computes it anew, and create_graph=True composes it from reference.py.
+    registers, and backward only scales it (`forward_gradient` says when not). Backward takes that
+    gradient once; a second backward computes it anew, and create_graph=True composes it from
+    reference.py.
     """
 
     @staticmethod
@@ -572,16 +477,11 @@ class _BCE(torch.autograd.Function):
         pos_weight: Tensor | None,
         normalizer: Tensor | None,
         options: tuple[Any, ...],
-        overwritten: _Overwritten | None,
+        overwritten: Overwritten | None,
     ) -> Tensor:
-        compiling = torch.compiler.is_compiling()
         gradient = None
-        if ctx.needs_input_grad[0] and options[1] != NONE and input.dtype != torch.float16:
-            if overwritten is not None:
-                gradient = overwritten.logits
-                overwritten.holds_gradient = True
-            elif compiling or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-                gradient = torch.empty_like(input)
+        if ctx.needs_input_grad[0] and options[1] != NONE:
+            gradient = forward_gradient(input, overwritten)
         arguments = (input, target, weight, pos_weight, normalizer, *options)
         loss: Tensor
         if gradient is None:
@@ -590,7 +490,7 @@ class _BCE(torch.autograd.Function):
             loss = _bce_with_gradient_op(*arguments, gradient)
         ctx.options = options
         ctx.overwritten = overwritten
-        if compiling:
+        if torch.compiler.is_compiling():
             ctx.save_for_backward(input, target, weight, pos_weight, normalizer, gradient)
         else:
             ctx.gradient = gradient
@@ -611,37 +511,29 @@ class _BCE(torch.autograd.Function):
             )
             return (gradient, *(None,) * 6)
 
-        needs = ctx.needs_input_grad
-        others: tuple[Tensor | None, ...] = (None, None, None)
+        needs = ctx.needs_input_grad[:4]
         overwritten, gradient = ctx.overwritten, ctx.gradient
         if overwritten is not None:
-            overwritten.check()
-            if gradient is None and overwritten.holds_gradient:
-                raise RuntimeError(
-                    "Trying to backward through a loss with inplace_backward=True a second time, "
-                    "but its logits have been overwritten by the gradient."
-                )
+            overwritten.check(gradient is not None)
             input = overwritten.logits
-        saved = (input, target, weight, pos_weight, normalizer)
-        # is_grads_batched=True comes with the batched tensors that functorch's replaced elsewhere.
-        batched = (
-            torch._C._are_functorch_transforms_active()
-            or torch._C._functorch.is_legacy_batchedtensor(grad_output)
-        )
-        if batched or torch.is_grad_enabled():
-            if overwritten is not None:
-                raise RuntimeError(
-                    "a loss with inplace_backward=True has no second derivative and no batched "
-                    "gradient: its logits are overwritten"
-                )
-            return (*_composed(ctx, grad_output, needs[:4], *saved), None, None, None)
-        if any(needs[1:4]):
+        tensors = (input, target, weight, pos_weight)
+
+        def composed(needs: tuple[bool, ...]) -> list[Tensor | None]:
+            def function(*tensors: Any) -> tuple[Tensor]:
+                return (reference.bce(*(*tensors, normalizer, *ctx.options)),)
+
+            return composed_gradients(function, tensors, needs, (grad_output,))
+
+        if is_composed((grad_output,), overwritten):
+            return (*composed(needs), None, None, None)
+        others: list[Tensor | None] = [None, None, None]
+        if any(needs[1:]):
             if overwritten is not None and overwritten.holds_gradient:
                 raise RuntimeError(
                     "inplace_backward=True with a target or weight that requires grad: the logits "
                     "that its gradient needs are overwritten"
                 )
-            others = _composed(ctx, grad_output, (False, *needs[1:4]), *saved)[1:]
+            others = composed((False, *needs[1:]))[1:]
         if not needs[0]:
             return (None, *others, None, None, None)
         if gradient is not None:
@@ -649,7 +541,11 @@ class _BCE(torch.autograd.Function):
             _scale_op(gradient, grad_output)
         else:
             gradient = torch.empty_like(input) if overwritten is None else input
-            _bce_backward_op(grad_output, *saved, *ctx.options, gradient)
+            try:
+                _bce_backward_op(grad_output, *tensors, normalizer, *ctx.options, gradient)
+            except RuntimeError as error:
+                raise_index_error(str(error))
+                raise
             if overwritten is not None:
                 overwritten.holds_gradient = True
         return (gradient, *others, None, None, None)
@@ -658,35 +554,6 @@ class _BCE(torch.autograd.Function):
 # `_BCE.apply` without its layer for functorch's tensors, which `_apply` has sent elsewhere: 1.5 of
 # the 25 microseconds that forward and backward of a small loss take.
 _bce_function: Callable[..., Tensor] = super(torch.autograd.Function, _BCE).apply
-
-
-def _composed(
-    ctx: Any,
-    grad_output: Tensor,
-    needs: tuple[bool, ...],
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    normalizer: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of input, target, weight and pos_weight as differentiable torch operations."""
-    differentiable = torch.is_grad_enabled()
-    arguments: list[Any] = [input, target, weight, pos_weight]
-    if not differentiable:
-        arguments = [
-            a if a is None else a.detach().requires_grad_(need)
-            for a, need in zip(arguments, needs, strict=True)
-        ]
-    with torch.enable_grad():
-        loss = reference.bce(*(*arguments, normalizer, *ctx.options))
-        wanted = [a for a, need in zip(arguments, needs, strict=True) if need and a is not None]
-        found = iter(
-            torch.autograd.grad(
-                loss, wanted, grad_output, create_graph=differentiable, allow_unused=True
-            )
-        )
-    return tuple(next(found) if need else None for need in needs)
 
 
 def _bce_fake(input: Tensor, target: Tensor, *rest: Any) -> Tensor:

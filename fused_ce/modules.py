@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
-from fused_ce import bce
+from fused_ce import bce, softmax_ce
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -145,5 +148,62 @@ class SigmoidFocalLoss(nn.Module):
             sample_weight=sample_weight,
             normalizer=normalizer,
             on_empty=self.on_empty,
+            inplace_backward=self.inplace_backward,
+        )
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    r"""`torch.nn.CrossEntropyLoss
+    <https://pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html>`_ in one pass; see
+    :func:`fused_ce.functional.cross_entropy` for formula, shapes, dtypes, the keyword-only extras
+    and what is raised. With `stats`, calls return a pair of loss and statistics.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        on_empty: str = "nan",
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        stats: Sequence[str] = (),
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.on_empty = on_empty
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.stats = stats
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Any:
+        return softmax_ce.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            on_empty=self.on_empty,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            stats=self.stats,
             inplace_backward=self.inplace_backward,
         )

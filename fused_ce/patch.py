@@ -7,14 +7,24 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fused_ce import bce, modules
+from fused_ce import functional, modules
 
 
 def replace_losses(module: nn.Module) -> nn.Module:
-    """Replaces every `torch.nn.BCEWithLogitsLoss` and `torch.nn.BCELoss` below `module` by ours,
-    with its weights and reduction. Subclasses are left alone. Returns the module, or the
+    """Replaces every `torch.nn.CrossEntropyLoss`, `BCEWithLogitsLoss` and `BCELoss` below `module`
+    by ours, with its weights and settings. Subclasses are left alone. Returns the module, or the
     replacement if `module` is itself such a loss.
     """
+    if type(module) is nn.CrossEntropyLoss:
+        return _like(
+            module,
+            modules.CrossEntropyLoss(
+                module.weight,
+                ignore_index=module.ignore_index,
+                reduction=module.reduction,
+                label_smoothing=module.label_smoothing,
+            ),
+        )
     if type(module) is nn.BCEWithLogitsLoss:
         return _like(
             module,
@@ -35,14 +45,14 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def patched_functional() -> Iterator[None]:
-    """Within the block, `torch.nn.functional.binary_cross_entropy` and
+    """Within the block, `torch.nn.functional.cross_entropy`, `binary_cross_entropy` and
     `binary_cross_entropy_with_logits` are ours, and so are the modules of torch.nn that call them.
     Names that other modules have imported before keep what they hold.
     """
-    names = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
+    names = ("cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits")
     before = {name: getattr(nn.functional, name) for name in names}
     for name in names:
-        setattr(nn.functional, name, getattr(bce, name))
+        setattr(nn.functional, name, getattr(functional, name))
     try:
         yield
     finally:

@@ -96,26 +96,148 @@ def bce(
         return loss.to(dtype)
     total = loss.sum()
     if reduction == MEAN:
-        total = _divide(total, kept, input.numel(), normalizer, denominator, zero_on_empty)
+        count = input.numel() if kept is None else kept.sum()
+        total = _divide(total, count, normalizer, denominator, zero_on_empty)
     return total.to(dtype)
+
+
+LSE, ENTROPY, PREDICTION, CORRECT = 1, 2, 4, 8
+
+
+def _capped(input: Tensor, compute: torch.dtype, logit_scale: float, softcap: float) -> Tensor:
+    logits = input.to(compute)
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _of_label(log_p: Tensor, label: Tensor, kept: Tensor, dim: int) -> Tensor:
+    """log_p of each row's label. A label out of range raises on the CPU; elsewhere, where torch's
+    gather would end the process's CUDA context, the row becomes NaN with its gradient."""
+    classes, on_cpu = log_p.size(dim), log_p.device.type == "cpu"
+    if classes == 0:  # gather refuses the ignored rows' label too
+        if on_cpu and kept.any():
+            raise IndexError(f"Target {label[kept][0]} is out of bounds.")
+        return torch.where(kept, torch.nan, log_p.sum(dim))
+    if on_cpu:
+        return log_p.gather(dim, label.unsqueeze(dim)).squeeze(dim)
+    inside = (label >= 0) & (label < classes)
+    found = log_p.gather(dim, torch.where(inside, label, 0).unsqueeze(dim)).squeeze(dim)
+    return found * torch.where(inside, 1.0, torch.nan)
+
+
+def softmax_ce(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+    reduction: int,
+    dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    z_loss: float,
+    denominator: float | None,
+    zero_on_empty: bool,
+    outputs: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, lse, entropy, prediction and correctness of the op `_softmax_ce`; see
+    fused_ce.softmax_ce for shapes and meaning. What `outputs` does not ask for is empty.
+    """
+    in_double = torch.float64 in (input.dtype, dtype)
+    compute = torch.float64 if in_double else torch.float32
+    dim = 1 if input.dim() > 1 else 0
+    shape = [1] * input.dim()
+    shape[dim] = classes = input.size(dim)
+    w = None if weight is None else weight.to(compute).reshape(shape)
+    has_probabilities = target.is_floating_point()
+    stats = _softmax_stats(input, target, compute, ignore_index, softcap, logit_scale, outputs)
+
+    kept = None if has_probabilities else _is_kept(target, ignore_index)
+    if kept is not None:
+        input = torch.where(kept.unsqueeze(dim), input, 0.0)
+    logits = _capped(input, compute, logit_scale, softcap)
+    log_p = torch.log_softmax(logits, dim)
+    count: Tensor | float
+    if kept is None:
+        t = target.to(compute) * (1 - label_smoothing) + label_smoothing / max(classes, 1)
+        loss = -(log_p * (t if w is None else t * w)).sum(dim)
+        count = loss.numel()
+    else:
+        label = torch.where(kept, target.long(), 0)
+        loss = -_of_label(log_p, label, kept, dim)
+        row_weight = kept.to(compute)
+        if w is not None:
+            row_weight = torch.where(kept, _of_label(w.expand_as(log_p), label, kept, dim), 0.0)
+            loss = loss * row_weight
+        if label_smoothing:
+            smooth = -(log_p if w is None else log_p * w).sum(dim)
+            loss = loss * (1 - label_smoothing) + smooth * (label_smoothing / max(classes, 1))
+        count = row_weight.sum()
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(logits, dim).square()
+    if sample_weight is not None:
+        loss = loss * sample_weight.to(compute)
+    if kept is not None:
+        loss = torch.where(kept, loss, 0.0)
+    if reduction != NONE:
+        loss = loss.sum()
+    if reduction == MEAN:
+        loss = _divide(loss, count, normalizer, denominator, zero_on_empty)
+    return (loss.to(dtype), *stats)
+
+
+def _softmax_stats(
+    input: Tensor,
+    target: Tensor,
+    compute: torch.dtype,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    outputs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, entropy, prediction and correctness of every row, ignored ones too."""
+    dim = 1 if input.dim() > 1 else 0
+    lse, entropy, prediction, correct = (
+        input.new_empty(0, dtype=dtype) for dtype in (compute, compute, torch.int64, torch.bool)
+    )
+    if outputs:
+        logits = _capped(input, compute, logit_scale, softcap)
+    if outputs & LSE:
+        lse = torch.logsumexp(logits, dim)
+    if outputs & ENTROPY:
+        log_p = torch.log_softmax(logits, dim)
+        # A class of probability 0 counts nothing, and its derivatives must not be 0 * inf.
+        entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(dim)
+    if outputs & (PREDICTION | CORRECT):
+        best = logits.argmax(dim)
+        if outputs & PREDICTION:
+            prediction = best
+        if outputs & CORRECT and target.is_floating_point():
+            correct = best == target.argmax(dim)
+        elif outputs & CORRECT:
+            correct = (best == target) & _is_kept(target, ignore_index)
+    return lse, entropy, prediction, correct
 
 
 def _divide(
     total: Tensor,
-    kept: Tensor | None,
-    numel: int,
+    count: Tensor | float,
     normalizer: Tensor | None,
     denominator: float | None,
     zero_on_empty: bool,
 ) -> Tensor:
+    """The mean: `total` by the normalizer, the denominator, or what the loss itself counts."""
     if normalizer is not None:
         divisor = normalizer.reshape(()).to(total.dtype)
     elif denominator is not None:
         divisor = total.new_tensor(denominator)
-    elif kept is not None:
-        divisor = kept.sum().to(total.dtype)
+    elif isinstance(count, Tensor):
+        divisor = count.to(total.dtype)
     else:
-        divisor = total.new_tensor(float(numel))
+        divisor = total.new_tensor(float(count))
     if zero_on_empty:
         empty = divisor == 0
         return torch.where(empty, 0.0, total / torch.where(empty, 1.0, divisor))

@@ -1,4 +1,4 @@
-"""What the tests share: dtypes, the three forms of the loss, inputs, layouts, and how errors count.
+"""What the tests share: dtypes, the forms of the losses, inputs, layouts, and how errors count.
 
 The oracle of a form is float64 PyTorch on the CPU, written here without fused_ce.
 """
@@ -53,6 +53,62 @@ def exact_probability_loss(p: Tensor, t: Tensor, weight: Tensor | float = 1) -> 
     return -weight * (t * torch.log(p) + (1 - t) * torch.log1p(-p))
 
 
+def exact_cross_entropy(
+    x: Tensor,
+    t: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Softmax cross entropy with all extras, through one distribution over the classes for labels
+    and probabilities alike, in the logits' dtype (meant for float64)."""
+    dim = 1 if x.dim() > 1 else 0
+    classes = x.size(dim)
+    w = x.new_ones(classes) if weight is None else weight
+    column = [1] * x.dim()
+    column[dim] = classes
+    if t.is_floating_point():
+        kept, q = torch.ones_like(x.sum(dim), dtype=torch.bool), t
+        count = torch.tensor(float(kept.numel()))
+    else:
+        t = t.long()
+        kept = t != ignore_index
+        label = torch.where(kept, t, 0)
+        q = F.one_hot(label, classes).movedim(-1, dim).to(x)
+        count = (w[label] * kept).sum()
+    logits = capped(torch.where(kept.unsqueeze(dim), x, 0.0), softcap, logit_scale)
+    q = q * (1 - label_smoothing) + label_smoothing / classes
+    loss = q * w.reshape(column) * -torch.log_softmax(logits, dim)
+    if not t.is_floating_point():  # what is no label counts nothing, at a logit of -inf too
+        loss = torch.where(q == 0, 0.0, loss)
+    loss = loss.sum(dim)
+    loss = loss + z_loss * torch.logsumexp(logits, dim) ** 2
+    if sample_weight is not None:
+        missing = (1,) * (loss.dim() - sample_weight.dim())
+        loss = loss * sample_weight.reshape(sample_weight.shape + missing)
+    loss = torch.where(kept, loss, 0.0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    divisor = torch.as_tensor(count if normalizer is None else normalizer).reshape(())
+    return total * 0 if divisor == 0 and on_empty == "zero" else total / divisor
+
+
+def capped(x: Tensor, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    logits = x * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def exact_focal_loss(x: Tensor, t: Tensor, alpha: float = ALPHA, gamma: float = GAMMA) -> Tensor:
     """torchvision's with 1 - p_t as a sum."""
     u = torch.sigmoid(-x) * t + torch.sigmoid(x) * (1 - t)
@@ -88,6 +144,14 @@ PROBABILITY = Form(
 )
 FOCAL = Form("focal", fused.sigmoid_focal_loss, torchvision_focal_loss, exact_focal_loss, ())
 FORMS = (LOGITS, PROBABILITY, FOCAL)
+# Of probabilities, softmax cross entropy takes what those take; `exact` does not reduce it.
+SOFTMAX = Form(
+    "softmax",
+    fused.cross_entropy,
+    F.cross_entropy,
+    lambda x, t, **weights: exact_cross_entropy(x, t, reduction="none", **weights),
+    ("weight",),
+)
 
 
 def form_id(form: Form) -> str:
@@ -228,3 +292,13 @@ def ulps(actual: Tensor, exact: Tensor, scale: float = 0.0) -> float:
     magnitude = exact.double().abs().clamp_min(max(scale, info.tiny))
     unit = info.eps * torch.exp2(torch.floor(torch.log2(magnitude)))
     return ((actual.double() - exact.double()).abs() / unit).nan_to_num(nan=math.inf).max().item()
+
+
+def allocated(function: Callable[[], Any]) -> int:
+    """Bytes that torch allocates in the call, on the CPU."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")

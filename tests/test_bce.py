@@ -26,6 +26,7 @@ from cases import (
     REDUCTIONS,
     Form,
     Result,
+    allocated,
     dtype_id,
     exact,
     exact_focal_loss,
@@ -97,16 +98,6 @@ def check_against_torch(
         error, allowed = ulps(a, c, scale), max(ulps(b, c, scale), FLOOR[a.dtype])
         assert error <= allowed, f"{name}: {error:.2f} ulp, torch {ulps(b, c, scale):.2f}"
     return ours
-
-
-def allocated(function: Callable[[], Any]) -> int:
-    """Bytes that torch allocates in the call, on the CPU."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -809,7 +800,8 @@ def test_normalizer_makes_gradient_accumulation_exact(device: str) -> None:
 @pytest.mark.parametrize("form", [LOGITS, FOCAL], ids=form_id)
 def test_inplace_backward(form: Form, dtype: torch.dtype, reduction: str, device: str) -> None:
     x, t = make_input(form, (7, 37), dtype), make_target((7, 37), dtype)
-    right = run(form.ours, x, t, device=device, reduction=reduction, upstream=0.5)
+    upstream = torch.full((7, 37), 0.5, dtype=dtype) if reduction == "none" else 0.5
+    right = run(form.ours, x, t, device=device, reduction=reduction, upstream=upstream)
     leaf = x.to(device).requires_grad_()
     logits = leaf * 1
     version = logits._version

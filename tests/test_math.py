@@ -39,7 +39,7 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     module = tmp_path_factory.mktemp(request.param) / "math_bindings.so"
     # -ffp-contract as in CMakeLists.txt
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
-    flags += ["-ffp-contract=fast", "-Wno-psabi"]
+    flags += ["-ffp-contract=off", "-Wno-psabi"]
     folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     command = [compiler, *flags, *FLAGS[request.param], *(f"-I{folder}" for folder in folders)]
     subprocess.run([*command, HERE / "math_bindings.cpp", "-o", module], check=True)
@@ -137,8 +137,12 @@ def test_exp_negative(bindings: Any, kind: str) -> None:
     y = np.concatenate([-y[y <= 43], y])  # the focal loss asks for exp of up to 43
     wanted = right("exp", -y)
     units = np.where(wanted < np.finfo(dtype).tiny, EXP_SUBNORMAL, EXP)
+    assert_within(units, m.exp_negative(y), wanted, y)
+    # Of the 2e-5 that Precision::kHalf promises of a sum with log1p, exp has its fit 5.4e-6 and the
+    # product of y <= 104 with a rounded log(2), without a fused multiply-add rounded again.
+    error = np.abs(m.exp_negative_half(y) - wanted)
+    assert (error <= 1.3e-5 * wanted + np.finfo(dtype).smallest_subnormal).all()
     for function in (m.exp_negative, m.exp_negative_half):
-        assert_within(units, function(y), wanted, y)
         special = function(np.array([0, -0.0, np.inf, 1e30, np.nan], dtype))
         assert special[:4].tolist() == [1, 1, 0, 0]
         assert np.isnan(special[4])

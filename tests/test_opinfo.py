@@ -1,4 +1,4 @@
-"""PyTorch's own test samples for its binary cross entropy functions and modules, through ours."""
+"""PyTorch's own test samples for its cross entropy functions and modules, through ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FLOATS, LOGITS, PROBABILITY, Form, dtype_id, form_id, on
+from cases import FLOATS, LOGITS, PROBABILITY, SOFTMAX, Form, dtype_id, form_id, on
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_methods_invocations import op_db
@@ -19,10 +19,12 @@ import fused_ce
 OPINFOS = {
     LOGITS: "nn.functional.binary_cross_entropy_with_logits",
     PROBABILITY: "nn.functional.binary_cross_entropy",
+    SOFTMAX: "nn.functional.cross_entropy",
 }
 MODULES = {
     nn.BCEWithLogitsLoss: fused_ce.BCEWithLogitsLoss,
     nn.BCELoss: fused_ce.BCELoss,
+    nn.CrossEntropyLoss: fused_ce.CrossEntropyLoss,
 }
 
 each_op = pytest.mark.parametrize("form", OPINFOS, ids=form_id)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,9 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.logits = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 3.0]), reduction="sum")
+        self.labels = nn.CrossEntropyLoss(
+            torch.rand(2), ignore_index=1, reduction="sum", label_smoothing=0.1
+        )
         self.nested = nn.ModuleList([nn.BCELoss(weight=torch.tensor([1.0, 5.0]))])
         self.other = nn.MSELoss()
 
@@ -19,19 +24,22 @@ class Model(nn.Module):
 def test_replace_losses() -> None:
     x, t = torch.randn(4, 2), torch.rand(4, 2)
     before = Model().eval()
-    after = replace_losses(Model().eval())
+    after = replace_losses(copy.deepcopy(before))
     assert type(after.logits) is fused_ce.BCEWithLogitsLoss
+    assert type(after.labels) is fused_ce.CrossEntropyLoss
     assert type(after.nested[0]) is fused_ce.BCELoss
     assert type(after.other) is nn.MSELoss
     assert not after.logits.training
     assert after.state_dict().keys() == before.state_dict().keys()
     torch.testing.assert_close(after.logits(x, t), before.logits(x, t))
-    p = x.sigmoid()
+    p, labels = x.sigmoid(), torch.tensor([0, 1, 1, 0])
     torch.testing.assert_close(after.nested[0](p, t), before.nested[0](p, t))
+    torch.testing.assert_close(after.labels(x, labels), before.labels(x, labels))
 
 
 def test_replace_a_loss_itself() -> None:
     assert type(replace_losses(nn.BCELoss())) is fused_ce.BCELoss
+    assert type(replace_losses(nn.CrossEntropyLoss())) is fused_ce.CrossEntropyLoss
 
 
 def test_subclasses_are_left_alone() -> None:
@@ -59,3 +67,14 @@ def test_patched_functional() -> None:
     with pytest.raises(ZeroDivisionError), patched_functional():
         raise ZeroDivisionError
     assert nn.functional.binary_cross_entropy_with_logits is original
+
+
+def test_patched_cross_entropy() -> None:
+    x, t = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1])
+    with pytest.raises(RuntimeError):
+        nn.CrossEntropyLoss()(x, t.int())
+    with patched_functional():
+        loss = nn.CrossEntropyLoss()(x, t.int())
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        first.square().sum().backward()
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(x, t))

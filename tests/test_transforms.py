@@ -17,6 +17,7 @@ from cases import (
     LOGITS,
     PROBABILITY,
     REDUCTIONS,
+    SOFTMAX,
     Form,
     exact,
     form_id,
@@ -31,10 +32,12 @@ from torch.utils.checkpoint import checkpoint
 import fused_ce
 
 bce_with_logits = LOGITS.ours
+cross_entropy = SOFTMAX.ours
 F64 = torch.float64
 OPS = torch.ops.fused_ce
 
 each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
+each_loss = pytest.mark.parametrize("form", [*FORMS, SOFTMAX], ids=form_id)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
@@ -83,7 +86,7 @@ def test_every_argument_to_second_order(form: Form, extra: dict[str, Any], reduc
 
 
 @each_reduction
-@each_form
+@each_loss
 def test_input_alone_to_second_order(form: Form, reduction: str) -> None:
     """Where the op, and not the composition, gives the first derivative."""
     x = make_input(form, (3, 4), F64).requires_grad_()
@@ -124,7 +127,7 @@ def test_focal_targets_to_second_order(gamma: float) -> None:
             torch.testing.assert_close(*mixed)
 
 
-@each_form
+@each_loss
 def test_create_graph(form: Form, device: str) -> None:
     """A gradient penalty, with another upstream gradient than 1."""
     x, t = make_input(form, (5,), F64), torch.rand(5, dtype=F64)
@@ -138,7 +141,7 @@ def test_create_graph(form: Form, device: str) -> None:
     torch.testing.assert_close(*found)
 
 
-@each_form
+@each_loss
 def test_is_grads_batched(form: Form, device: str) -> None:
     x, t = make_input(form, (5,)), make_target((5,))
     for reduction in REDUCTIONS:
@@ -153,7 +156,7 @@ def test_is_grads_batched(form: Form, device: str) -> None:
             torch.testing.assert_close(gradient.cpu(), right)
 
 
-@each_form
+@each_loss
 def test_forward_mode(form: Form, device: str) -> None:
     x, t, tangent = make_input(form, (5,)), make_target((5,)), torch.randn(5)
     with forward_ad.dual_level():
@@ -164,13 +167,87 @@ def test_forward_mode(form: Form, device: str) -> None:
     torch.testing.assert_close(derivative.cpu(), right)
 
 
+CLASSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ignored": {"ignore_index": 1},
+    "weighted and smoothed": {
+        "weight": torch.linspace(0.5, 2, 4, dtype=F64),
+        "label_smoothing": 0.2,
+    },
+    "capped": {"softcap": 3.0, "logit_scale": 0.7, "z_loss": 0.05},
+    "weights of rows": {"sample_weight": torch.linspace(-1, 2, 5, dtype=F64)},
+}
+
+
+@each_reduction
+@pytest.mark.parametrize("options", CLASSES.values(), ids=CLASSES)
+def test_classes_to_second_order(options: dict[str, Any], reduction: str) -> None:
+    x, t = torch.randn(5, 4, dtype=F64, requires_grad=True), torch.tensor([0, 1, 3, 1, 2])
+
+    def function(x: Tensor) -> Tensor:
+        return cross_entropy(x, t, reduction=reduction, **options)
+
+    assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, x, check_batched_grad=True)
+
+
+@each_reduction
+@pytest.mark.parametrize("mode", ["labels", "probabilities"])
+def test_every_argument_of_classes_to_second_order(mode: str, reduction: str) -> None:
+    tensors = {"input": torch.randn(3, 4, 2, dtype=F64)}
+    constant: dict[str, Any] = {"target": torch.tensor([[0, 3], [-100, 1], [2, 2]])}
+    if mode == "probabilities":
+        tensors["target"], constant = torch.rand(3, 4, 2, dtype=F64), {}
+    tensors |= {
+        "weight": torch.rand(4, dtype=F64),
+        "sample_weight": torch.rand(3, dtype=F64),
+    }
+    if reduction == "mean":
+        tensors["normalizer"] = torch.tensor(7.5, dtype=F64)
+    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0, "z_loss": 0.01}
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    function = as_function(SOFTMAX, list(tensors), **constant, **options)
+    assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, leaves, check_batched_grad=True, fast_mode=True)
+
+
+@each_reduction
+def test_statistics_to_second_order(reduction: str) -> None:
+    x, t = torch.randn(5, 4, dtype=F64, requires_grad=True), torch.tensor([0, 1, -100, 1, 2])
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss, stats = cross_entropy(x, t, reduction=reduction, stats=("lse", "entropy"))
+        return loss, stats.lse, stats.entropy
+
+    assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, x, check_batched_grad=True)
+
+
+def test_derivatives_at_minus_infinity(device: str) -> None:
+    """No NaN from a branch that is not taken, at a class that is masked out."""
+    x, t = torch.randn(3, 5, dtype=F64), torch.tensor([0, 3, 4])
+    masked = x.index_fill(1, torch.tensor([1]), -torch.inf)
+    without = x[:, [0, 2, 3, 4]]
+    found = []
+    for logits, labels in ((masked, t), (without, t.sub(1).clamp(min=0))):
+        leaf = logits.to(device).requires_grad_()
+        loss, stats = cross_entropy(leaf, labels.to(device), stats=("lse", "entropy"))
+        total = loss + stats.lse.square().sum() + stats.entropy.square().sum()
+        (first,) = torch.autograd.grad(total, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.sin().sum(), leaf)
+        found.append((first.detach().cpu(), second.cpu()))
+    for with_it, without_it in zip(*found, strict=True):
+        assert (with_it[:, 1] == 0).all()
+        torch.testing.assert_close(with_it[:, [0, 2, 3, 4]], without_it)
+
+
 # ---- torch.func ----------------------------------------------------------------------------------
 
 
 class TestFunc:
     """Each transform of ours beside the same of what it replaces."""
 
-    @pytest.fixture(params=FORMS, ids=form_id)
+    @pytest.fixture(params=[*FORMS, SOFTMAX], ids=form_id)
     def form(self, request: pytest.FixtureRequest) -> Form:
         return request.param
 
@@ -225,6 +302,66 @@ def test_vmap_with_extras(device: str) -> None:
     torch.testing.assert_close(found.cpu(), right)
 
 
+class TestFuncOfClasses:
+    """Each transform beside the same of torch's function, on labels."""
+
+    def compare(
+        self, transform: Callable[..., Any], device: str, *tensors: Tensor, **options: Any
+    ) -> None:
+        ours = transform(lambda x, t: cross_entropy(x, t, **options))
+        theirs = transform(lambda x, t: torch.nn.functional.cross_entropy(x, t, **options))
+        found = ours(*(tensor.to(device) for tensor in tensors))
+        torch.testing.assert_close(found.cpu(), theirs(*tensors), equal_nan=True)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.randn(3, 6, 4, dtype=F64), torch.randint(-1, 4, (3, 6))
+
+    @each_reduction
+    def test_vmap(self, reduction: str, device: str) -> None:
+        options = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1}
+        x, t = self.tensors()
+        self.compare(torch.func.vmap, device, x, t, **options)
+        self.compare(lambda f: torch.func.vmap(f, (0, None)), device, x, t[0], **options)
+        self.compare(lambda f: torch.func.vmap(f, (2, 0)), device, x.movedim(0, 2), t, **options)
+        del options["label_smoothing"]  # which torch cannot vmap over labels alone
+        self.compare(lambda f: torch.func.vmap(f, (None, 0)), device, x[0], t, **options)
+
+    @each_reduction
+    def test_vmap_over_rows(self, reduction: str, device: str) -> None:
+        x, t = self.tensors()
+        self.compare(torch.func.vmap, device, x[0], t[0], reduction=reduction, ignore_index=-1)
+
+    def test_grad(self, device: str) -> None:
+        x, t = self.tensors()
+        self.compare(torch.func.grad, device, x[0], t[0], ignore_index=-1)
+        self.compare(lambda f: torch.func.vmap(torch.func.grad(f)), device, x, t, ignore_index=-1)
+
+    def test_hessian(self, device: str) -> None:
+        x, t = self.tensors()
+        self.compare(torch.func.hessian, device, x[0], t[0], ignore_index=-1)
+
+    def test_jvp(self, device: str) -> None:
+        def transform(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda x, t: torch.func.jvp(lambda x: f(x, t), (x,), (x.sin(),))[1]
+
+        x, t = self.tensors()
+        self.compare(transform, device, x[0], t[0], ignore_index=-1)
+
+
+def test_vmap_of_statistics(device: str) -> None:
+    x, t = torch.randn(3, 6, 4), torch.randint(4, (3, 6))
+    names = ("lse", "entropy", "prediction", "correct")
+    loss, stats = torch.func.vmap(lambda x, t: cross_entropy(x, t, stats=names))(
+        x.to(device), t.to(device)
+    )
+    for i in range(3):
+        right, stats_of_one = cross_entropy(x[i], t[i], stats=names)
+        torch.testing.assert_close(loss[i].cpu(), right)
+        for name in names:
+            found = getattr(stats, name)[i].cpu()
+            torch.testing.assert_close(found, getattr(stats_of_one, name))
+
+
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
@@ -247,7 +384,7 @@ class Graphs:
         )
 
     def ops(self) -> set[str]:
-        names = ("_bce_with_gradient", "_bce_backward", "_bce", "_scale_")
+        names = fused_ce.backends.OPS
         return {n for n in names for code in self.code if f"fused_ce.{n}.default" in code}
 
 
@@ -301,6 +438,98 @@ def test_compile(name: str, dynamic: bool, device: str) -> None:
     assert len(graphs.code) == 2  # one forward, one backward: the second size compiled nothing
 
 
+def labels_of(x: Tensor) -> Tensor:
+    return torch.arange(x.size(0)) % (x.size(1) + 1) - 1  # from -1 on
+
+
+WITH_GRADIENT, IN_BACKWARD = {"_softmax_ce_with_gradient"}, {"_softmax_ce", "_softmax_ce_backward"}
+COMPILED_CLASSES: dict[str, tuple[dict[str, Any], torch.dtype, set[str]]] = {
+    "mean": ({}, torch.float32, WITH_GRADIENT),
+    "sum": ({"reduction": "sum"}, torch.bfloat16, WITH_GRADIENT),
+    "weight": ({"weight": torch.rand(5)}, torch.float32, WITH_GRADIENT),
+    "extras": (
+        {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.01, "on_empty": "zero"},
+        torch.float32,
+        WITH_GRADIENT,
+    ),
+    "normalizer": (
+        {"normalizer": torch.tensor(3), "sample_weight": torch.tensor(0.5)},
+        torch.float32,
+        WITH_GRADIENT,
+    ),
+    "prediction": ({"stats": ("prediction", "correct")}, torch.float32, WITH_GRADIENT),
+    "lse": ({"stats": ("lse",)}, torch.float32, IN_BACKWARD),
+    "none": ({"reduction": "none"}, torch.float32, IN_BACKWARD),
+    "float16": ({}, torch.float16, IN_BACKWARD),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("mode", ["labels", "probabilities"])
+@pytest.mark.parametrize("name", COMPILED_CLASSES)
+def test_compile_classes(name: str, mode: str, dynamic: bool, device: str) -> None:
+    options, dtype, ops = COMPILED_CLASSES[name]
+    graphs = Graphs()
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+    def function(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+        found = cross_entropy(x, t, ignore_index=-1, **moved)
+        if "stats" not in options:
+            return found
+        loss, stats = found
+        return loss if stats.lse is None else loss + (stats.lse * 0.1).sum()
+
+    compiled = graphs.compile(function, dynamic=dynamic)
+    for rows in (4, 7) if dynamic else (4,):
+        x = make_input(LOGITS, (rows, 5), dtype)
+        t = labels_of(x) if mode == "labels" else torch.rand(rows, 5).to(dtype)
+        right = run(function, x, t, device=device, upstream=2.0)
+        found = run(compiled, x, t, device=device, upstream=2.0)
+        for a, b in zip(found, right, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            torch.testing.assert_close(a, b)
+    assert graphs.ops() == ops
+    assert len(graphs.code) == 2  # one forward, one backward: the second size compiled nothing
+
+
+def test_compile_statistics(device: str) -> None:
+    """As values and under derivatives, within a model under autocast."""
+    model = nn.Linear(5, 3).to(device)
+    module = fused_ce.CrossEntropyLoss(
+        torch.rand(3), stats=("lse", "entropy", "prediction", "correct"), inplace_backward=True
+    ).to(device)
+
+    def step(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device, torch.bfloat16):
+            loss, stats = module(model(x), t)
+        total = loss + 0.1 * stats.lse.sum() - (stats.entropy * stats.correct).sum()
+        return total, stats.prediction, stats.lse
+
+    x, t = torch.randn(4, 5).to(device), torch.tensor([0, 2, 1, -100]).to(device)
+    found = []
+    for f in (step, Graphs().compile(step)):
+        total, *stats = f(x, t)
+        gradients = torch.autograd.grad(total, list(model.parameters()))
+        found.append([total.detach(), *(s.detach() for s in stats), *gradients])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inductor_of_classes(reduction: str, device: str) -> None:
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        image = (x * 2).view(2, 3, 5, 2)
+        rows = x[:1].expand(20, 3)  # no dense strides to keep
+        return cross_entropy(image, t.view(2, 5, 2), reduction=reduction).sum() + cross_entropy(
+            rows, t, reduction=reduction
+        )
+
+    x, t = torch.randn(20, 3), torch.randint(3, (20,))
+    right = run(function, x, t, device=device)
+    found = run(torch.compile(function, fullgraph=True), x, t, device=device)
+    torch.testing.assert_close(found.loss, right.loss)
+    torch.testing.assert_close(found.gradient, right.gradient)
+
+
 def test_compile_without_gradient(device: str) -> None:
     graphs = Graphs()
     x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
@@ -310,7 +539,7 @@ def test_compile_without_gradient(device: str) -> None:
     assert graphs.ops() == {"_bce"}
 
 
-@each_form
+@each_loss
 def test_compile_gradients_of_all_arguments(form: Form, device: str) -> None:
     """Composed from torch's operations, for the compiler to fuse."""
     tensors = {name: v.float() for name, v in differentiable_arguments(form).items()}
@@ -403,6 +632,29 @@ def test_opcheck(form: int, reduction: int, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("outputs", [0, 1, 15])
+@pytest.mark.parametrize("reduction", [0, 1, 2], ids=REDUCTIONS)
+@pytest.mark.parametrize("mode", ["labels", "probabilities"])
+def test_opcheck_of_classes(mode: str, reduction: int, outputs: int, device: str) -> None:
+    for shape in ((4, 5), (5,), (2, 5, 3)):
+        x = torch.randn(shape).to(device)
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        t = torch.rand(shape) if mode == "probabilities" else torch.randint(5, rows)
+        tensors = (x, t.to(device), torch.rand(5).to(device), torch.rand(rows).to(device))
+        numbers = (reduction, torch.float32, -100, 0.1, 30.0, 0.5, 0.01, None, False)
+        arguments = (*tensors, None, *numbers)
+        torch.library.opcheck(OPS._softmax_ce.default, (*arguments, outputs))
+        if reduction:
+            torch.library.opcheck(
+                OPS._softmax_ce_with_gradient.default, (*arguments, outputs, torch.empty_like(x))
+            )
+        upstream = torch.ones(rows if reduction == 0 else ()).to(device)
+        of_rows = torch.rand(rows).to(device) if outputs else None
+        lse = torch.logsumexp(30 * torch.tanh(x * 0.5 / 30), 1 if len(shape) > 1 else 0)
+        backward = (upstream, of_rows, of_rows, *arguments, lse, None, torch.empty_like(x))
+        torch.library.opcheck(OPS._softmax_ce_backward.default, backward)
+
+
 def test_opcheck_scale(device: str) -> None:
     gradient, scale = torch.rand(4, 5).to(device), torch.tensor(3.0).to(device)
     torch.library.opcheck(OPS._scale_.default, (gradient, scale))
@@ -444,6 +696,22 @@ def test_export(strict: bool, device: str) -> None:
     torch.testing.assert_close(exported.module()(more_x, more_t), module(more_x, more_t))
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_of_classes(strict: bool, device: str) -> None:
+    module = fused_ce.CrossEntropyLoss(
+        torch.rand(5).to(device), label_smoothing=0.1, stats=("correct",)
+    )
+    x, t = torch.randn(4, 5).to(device), torch.tensor([0, 2, -100, 4]).to(device)
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(
+        module, (x, t), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
+    )
+    assert "fused_ce._softmax_ce.default" in exported.graph_module.code
+    more_x, more_t = torch.cat([x, x]), torch.cat([t, t])
+    for found, right in zip(exported.module()(more_x, more_t), module(more_x, more_t), strict=True):
+        torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @each_reduction
 def test_checkpoint(reduction: str, use_reentrant: bool, device: str) -> None:
@@ -458,6 +726,22 @@ def test_checkpoint(reduction: str, use_reentrant: bool, device: str) -> None:
     )
     loss.backward(torch.ones(loss.shape).to(device))
     torch.testing.assert_close(leaf.grad.cpu(), right)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@each_reduction
+def test_checkpoint_of_classes(reduction: str, use_reentrant: bool, device: str) -> None:
+    x, t = torch.randn(4, 5), torch.tensor([0, 2, -100, 4])
+    for inplace_backward in (False, True):
+        right = run(cross_entropy, x, t, device=device, reduction=reduction).gradient
+        leaf, moved = x.to(device, copy=True).requires_grad_(), t.to(device)
+
+        def function(x: Tensor, t: Tensor = moved, inplace: bool = inplace_backward) -> Tensor:
+            return cross_entropy(x * 1, t, reduction=reduction, inplace_backward=inplace)
+
+        loss = checkpoint(function, leaf, use_reentrant=use_reentrant)
+        loss.backward(torch.ones(loss.shape).to(device))
+        torch.testing.assert_close(leaf.grad.cpu(), right)
 
 
 def test_inplace_backward_under_checkpoint(device: str) -> None:
@@ -492,20 +776,22 @@ def test_deepcopy_and_conversions(module: nn.Module, device: str) -> None:
     assert module.half()(x, t).dtype == torch.float32
 
 
-@pytest.mark.skipif(
+can_capture = pytest.mark.skipif(
     not torch.cuda.is_available() or "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ,
     reason="CUDA graphs need CUDA and torch's caching allocator",
 )
-@each_form
-def test_cuda_graph(form: Form) -> None:
+
+
+def check_cuda_graph(
+    function: Callable[..., Tensor], make: Callable[[], tuple[Tensor, Tensor]]
+) -> None:
     """Forward and backward captured: no wait, no allocation outside the pool; replayed."""
-    x, t = make_input(form, (1030,)), make_target((1030,))
-    static_x = x.cuda().requires_grad_()
-    static_t = t.cuda()
+    static_x, static_t = (tensor.cuda() for tensor in make())
+    static_x.requires_grad_()
     one = torch.ones((), device="cuda")
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = form.ours(static_x, static_t, reduction="mean")
+        loss = function(static_x, static_t)
         return loss, torch.autograd.grad(loss, static_x, one)[0]
 
     stream = torch.cuda.Stream()
@@ -517,11 +803,30 @@ def test_cuda_graph(form: Form) -> None:
         loss, gradient = step()
     for seed in (1, 2):
         torch.manual_seed(seed)
-        x, t = make_input(form, (1030,)), make_target((1030,))
+        x, t = make()
         with torch.no_grad():
             static_x.copy_(x)
         static_t.copy_(t)
         graph.replay()
-        right = run(form.ours, x, t, reduction="mean")
+        right = run(function, x, t)
         torch.testing.assert_close(loss.cpu(), right.loss)
         torch.testing.assert_close(gradient.cpu(), right.gradient)
+
+
+@can_capture
+@each_form
+def test_cuda_graph(form: Form) -> None:
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return form.ours(x, t, reduction="mean")
+
+    check_cuda_graph(function, lambda: (make_input(form, (1030,)), make_target((1030,))))
+
+
+@can_capture
+@pytest.mark.parametrize("classes", [2, 37, 1025, 50257])
+def test_cuda_graph_of_classes(classes: int) -> None:
+    for dtype in (torch.float32, torch.float16):  # which is differentiated in backward
+        check_cuda_graph(
+            lambda x, t: cross_entropy(x, t, label_smoothing=0.1),
+            lambda dtype=dtype: (torch.randn(33, classes).to(dtype), torch.randint(classes, (33,))),
+        )

@@ -31,7 +31,9 @@ void run_cpu(const BceArguments& a, const Tensor&) {
   int64_t chunks = (numel + kChunk - 1) / kChunk;
   double denominator = a.reduction == Reduction::kMean ? denominator_of(a, chunks) : 1.0;
   double inverse = inverse_of(denominator, a.zero_on_empty);
-  if (a.gradient && a.gradient.data != a.input.data) use_huge_pages(a.gradient, a.space);
+  if (a.gradient && a.gradient.data != a.input.data) {
+    use_huge_pages(a.gradient, last_offset(a.gradient, a.space));
+  }
 
   double few[64];
   std::unique_ptr<double[]> many(chunks > 64 ? new double[chunks] : nullptr);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../bce.h"
+#include "../softmax_ce.h"
 
 namespace fused_ce {
 
@@ -26,6 +27,11 @@ struct Sum {
   __attribute__((always_inline)) double total() const { return value + error; }
 };
 
+struct BadLabel {
+  bool found = false;
+  int64_t label = 0;
+};
+
 struct CpuBodies {
   const char* name;
   // Loss and gradient of elements begin .. end. Returns the chunk's summed loss; `scale` multiplies
@@ -35,6 +41,12 @@ struct CpuBodies {
                       unsigned* out_of_range);
   // How many targets among begin .. end are not ignore_index.
   int64_t (*bce_count_kept)(const BceArguments& arguments, int64_t begin, int64_t end);
+  // Loss, statistics and gradient of rows begin .. end. Returns the summed loss; `scale` multiplies
+  // each gradient. The first label out of range goes to *bad.
+  double (*softmax_ce_chunk)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end,
+                             double scale, BadLabel* bad);
+  // The summed weights of those labels among rows begin .. end that are not ignore_index.
+  double (*softmax_ce_weights)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end);
   // Multiplies elements begin .. end by `factor`.
   void (*scale_chunk)(const Operand& values, const IndexSpace& space, int64_t begin, int64_t end,
                       double factor);
@@ -55,7 +67,10 @@ inline const CpuBodies& cpu_bodies() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       return &kAvx512Bodies;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2Bodies;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      return &kAvx2Bodies;
+    }
     return &kPortableBodies;
   }();
   return *best;

@@ -6,6 +6,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../elementwise.h"
 #include "../math.h"
 
@@ -24,15 +29,66 @@ typedef double Doubles __attribute__((vector_size(kLanes * 8)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <>
 struct ElementOf<Floats> {
   using type = float;
 };
+#if defined(__AVX512F__)
+// The unmasked intrinsics make GCC 12 warn of its own headers (https://gcc.gnu.org/PR105593); with
+// this mask they are the same instructions.
+constexpr __mmask16 kAll = 0xffff;
+#endif
+
 namespace math {
 template <>
-struct BitsOf<Floats> {
-  using type = Ints;
+struct Machine<Floats> {
+  using Bits = Ints;
+  // greater(x, y) is y where either is NaN, at_most NaN where x is.
+#if defined(__AVX512F__)
+  FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
+    return (Floats)_mm512_maskz_min_ps(kAll, _mm512_set1_ps(limit), (__m512)x);
+  }
+  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) {
+    return (Floats)_mm512_maskz_max_ps(kAll, (__m512)x, (__m512)y);
+  }
+  FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  }
+  // One Newton step on 14 bits: within an ulp of 1 / x where neither is subnormal.
+  FUSED_CE_HOST_DEVICE static Floats reciprocal(Floats x) {
+    Floats guess = (Floats)_mm512_maskz_rcp14_ps(kAll, (__m512)x);
+    return multiply_add(guess, multiply_add(-x, guess, Floats{} + 1.0f), guess);
+  }
+  FUSED_CE_HOST_DEVICE static Floats times_power_of_two(Floats x, Floats n) {
+    return (Floats)_mm512_maskz_scalef_ps(kAll, (__m512)x, (__m512)n);
+  }
+#else
+#if defined(__AVX2__)
+  FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
+    return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
+  }
+  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) {
+    return (Floats)_mm256_max_ps((__m256)x, (__m256)y);
+  }
+  FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  }
+#else
+  FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
+    return x > limit ? Floats{} + limit : x;
+  }
+  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) { return x > y ? x : y; }
+  FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
+    return a * b + c;
+  }
+#endif
+  FUSED_CE_HOST_DEVICE static Floats reciprocal(Floats x) { return 1.0f / x; }
+  FUSED_CE_HOST_DEVICE static Floats times_power_of_two(Floats x, Floats n) {
+    return times_power_by_bits(x, n);
+  }
+#endif
 };
 }  // namespace math
 
@@ -57,12 +113,15 @@ FUSED_CE_HOST_DEVICE V widen(Float16, W bits) {
   word = (bits & 0x7c00u) == 0x7c00u ? word | 0x7f800000u : word;
   return math::bit_cast<V>(word | ((bits & 0x8000u) << 16));
 }
-// Round to nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even; a NaN stays one. The result is the upper half of the word.
+template <class W, class V>
+FUSED_CE_HOST_DEVICE W narrow_in_place(BFloat16, V x) {
+  W word = math::bit_cast<W>(x);
+  return x == x ? word + (0x7fffu + ((word >> 16) & 1u)) : word | 0x400000u;
+}
 template <class W, class V>
 FUSED_CE_HOST_DEVICE W narrow(BFloat16, V x) {
-  W word = math::bit_cast<W>(x);
-  W rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  return (word & 0x7fffffffu) > 0x7f800000u ? (word >> 16) | 0x40u : rounded;
+  return narrow_in_place<W>(BFloat16{}, x) >> 16;
 }
 template <class W, class V>
 FUSED_CE_HOST_DEVICE W narrow(Float16, V x) {
@@ -97,6 +156,78 @@ template <class T>
 FUSED_CE_HOST_DEVICE void store(T* p /* [kLanes] */, Floats v) {
   Halves bits = __builtin_convertvector(narrow<Words>(T{}, v), Halves);
   memcpy(p, &bits, sizeof(bits));
+}
+FUSED_CE_HOST_DEVICE Floats load(const uint8_t* p /* [kLanes] */) {
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof(bytes));
+  Halves halves = __builtin_convertvector(bytes, Halves);
+  return __builtin_convertvector(__builtin_convertvector(halves, Ints), Floats);
+}
+#if defined(__AVX512F__)
+FUSED_CE_HOST_DEVICE Floats load(const Float16* p /* [kLanes] */) {
+  return (Floats)_mm512_maskz_cvtph_ps(kAll,
+                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FUSED_CE_HOST_DEVICE void store(Float16* p /* [kLanes] */, Floats v) {
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(kAll, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+FUSED_CE_HOST_DEVICE Floats load(const Float16* p /* [kLanes] */) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FUSED_CE_HOST_DEVICE void store(Float16* p /* [kLanes] */, Floats v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// Two vectors at once, in the order of T: the first half of the elements and the second, but of
+// bfloat16 those in even places and those in odd ones, which a shift and a mask take apart. What is
+// loaded beside T's elements is brought into their order.
+template <class V>
+struct Two {
+  V first, second;
+};
+template <class T, class U>
+FUSED_CE_HOST_DEVICE auto load_two(const U* p /* [2 kLanes], of double [2] */) {
+  using V = decltype(load(p));
+  constexpr int kStep = sizeof(V) / sizeof(ScalarOf<V>);
+  V low = load(p), high = load(p + kStep);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    Ints even;
+    for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+    return Two<V>{__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
+  } else {
+    return Two<V>{low, high};
+  }
+}
+template <>
+FUSED_CE_HOST_DEVICE auto load_two<BFloat16>(const BFloat16* p /* [2 kLanes] */) {
+  Words words;
+  memcpy(&words, p, sizeof(words));
+  return Two<Floats>{math::bit_cast<Floats>(words << 16),
+                     math::bit_cast<Floats>(words & 0xffff0000u)};
+}
+template <>
+FUSED_CE_HOST_DEVICE auto load_two<BFloat16>(const uint8_t* p /* [2 kLanes] */) {
+  Halves pairs;
+  memcpy(&pairs, p, sizeof(pairs));
+  Ints words = __builtin_convertvector(pairs, Ints);
+  return Two<Floats>{__builtin_convertvector(words & 0xff, Floats),
+                     __builtin_convertvector(words >> 8, Floats)};
+}
+template <class T, class V>
+FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [2] */, Two<V> v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    Words words = narrow_in_place<Words>(T{}, v.first) >> 16 |
+                  (narrow_in_place<Words>(T{}, v.second) & 0xffff0000u);
+    memcpy(p, &words, sizeof(words));
+  } else {
+    store(p, v.first);
+    store(p + sizeof(V) / sizeof(ScalarOf<V>), v.second);
+  }
 }
 
 template <class Real, class T>
@@ -159,8 +290,22 @@ void with_float_type(Dtype dtype, F f) {
   }
 }
 
-template <class Real>
-constexpr Dtype kDtypeOf = sizeof(Real) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+// The offset of an element, by its place in the index space.
+inline int64_t offset_of(const Operand& operand, const IndexSpace& space, int64_t place) {
+  int64_t offset = 0;
+  for (int d = 0; d < space.rank - 1; ++d) {
+    offset += place % space.sizes[d] * operand.strides[d];
+    place /= space.sizes[d];
+  }
+  return offset + place * operand.strides[space.rank - 1];
+}
+
+// The address of an element that lies `offset` elements behind the first.
+inline void* address_of(const Operand& operand, int64_t offset) {
+  int64_t bytes = 0;
+  with_type(operand.dtype, [&](auto type) { bytes = sizeof(type); });
+  return static_cast<char*>(operand.data) + offset * bytes;
+}
 
 // Calls f(pointer to the first element, stride, length, position in the block) for each run of
 // elements begin .. begin + count of the operand that lies along dimension 0.
@@ -233,10 +378,13 @@ __attribute__((noinline)) void scatter(const Real* from /* [count] */, const Ope
   });
 }
 
-// Whether elements begin .. begin + count can be used where they lie.
-template <class Real>
+// Whether the operand's elements lie one behind another and are of type T.
+template <class T>
 bool lies_flat(const Operand& operand, const IndexSpace& space) {
-  return operand.dtype == kDtypeOf<Real> && space.rank == 1 && operand.strides[0] == 1;
+  if (space.rank != 1 || operand.strides[0] != 1) return false;
+  bool is_type = false;
+  with_type(operand.dtype, [&](auto type) { is_type = std::is_same_v<decltype(type), T>; });
+  return is_type;
 }
 
 }  // namespace

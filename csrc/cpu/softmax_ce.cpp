@@ -1,0 +1,83 @@
+// Softmax cross entropy on the CPU: registers the ops and divides the rows among torch's threads.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "../softmax_ce_ops.h"
+#include "body.h"
+#include "memory.h"
+#include "scalar.h"
+
+namespace fused_ce {
+namespace {
+
+// Calls f(chunk, first row, last row) for chunks of `rows` rows, on torch's threads.
+template <class F>
+void for_each_chunk(const SoftmaxCeArguments& a, int64_t rows, int64_t grain, F f) {
+  int64_t chunks = (a.rows.numel + rows - 1) / rows;
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      int64_t end = (i + 1) * rows < a.rows.numel ? (i + 1) * rows : a.rows.numel;
+      f(i, i * rows, end);
+    }
+  });
+}
+
+double denominator_of(const SoftmaxCeArguments& a) {
+  if (a.normalizer) return load_scalar(a.normalizer);
+  if (a.has_denominator) return a.denominator;
+  if (a.has_probabilities) return static_cast<double>(a.rows.numel);
+  std::unique_ptr<double[]> sums(new double[a.rows.numel / kChunk + 1]);
+  for_each_chunk(a, kChunk, kChunksPerThread, [&](int64_t chunk, int64_t begin, int64_t end) {
+    sums[chunk] = cpu_bodies().softmax_ce_weights(a, begin, end);
+  });
+  Sum sum;
+  for (int64_t i = 0; i * kChunk < a.rows.numel; ++i) sum.add(sums[i]);
+  return sum.total();
+}
+
+void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
+  double denominator = a.reduction == Reduction::kMean ? denominator_of(a) : 1.0;
+  double inverse = inverse_of(denominator, a.zero_on_empty);
+  if (a.gradient && a.gradient.data != a.input.data && a.classes > 0) {
+    int64_t last = last_offset(a.gradient, a.rows);
+    use_huge_pages(a.gradient, last < 0 ? last : last + (a.classes - 1) * a.gradient.class_stride);
+  }
+
+  int64_t rows = a.classes < kChunk ? kChunk / (a.classes > 0 ? a.classes : 1) : 1;
+  int64_t chunks = (a.rows.numel + rows - 1) / rows;
+  std::unique_ptr<double[]> sums(new double[chunks]);
+  std::mutex mutex;
+  BadLabel bad;
+  int64_t grain = a.classes < kChunk ? kChunksPerThread : 1;
+  for_each_chunk(a, rows, grain, [&](int64_t chunk, int64_t begin, int64_t end) {
+    BadLabel found;
+    sums[chunk] = cpu_bodies().softmax_ce_chunk(a, begin, end, inverse, &found);
+    if (found.found) {
+      std::lock_guard lock(mutex);
+      bad = found;
+    }
+  });
+  // Torch's own words, which STD_TORCH_CHECK would put a source line before.
+  if (bad.found) {
+    throw std::runtime_error("Target " + std::to_string(bad.label) + " is out of bounds.");
+  }
+  if (!a.loss || a.reduction == Reduction::kNone) return;
+  Sum sum;
+  for (int64_t i = 0; i < chunks; ++i) sum.add(sums[i]);
+  double total = sum.total();
+  store_scalar(a.loss, denominator == 0 ? total * inverse : total / denominator);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
+  m.impl("_softmax_ce", TORCH_BOX(&softmax_ce<run_cpu>));
+  m.impl("_softmax_ce_with_gradient", TORCH_BOX(&softmax_ce_with_gradient<run_cpu>));
+  m.impl("_softmax_ce_backward", TORCH_BOX(&softmax_ce_backward<run_cpu>));
+}
+
+}  // namespace fused_ce

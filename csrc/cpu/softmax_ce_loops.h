@@ -1,0 +1,823 @@
+// Softmax cross entropy, in two ways. Where the classes of a row lie one behind another and are
+// many, a vector holds neighbouring classes of one row (`ClassWise`); else it holds one class of
+// neighbouring rows (`RowWise`). Both take the classes in blocks that stay in the first-level
+// cache: one pass over memory for the sums, whose reference moves up as larger logits come, and for
+// the gradient a second one, or none if the exponentials of all classes have been kept.
+#pragma once
+
+#include "../softmax_ce.h"
+#include "computing.h"
+
+namespace fused_ce {
+namespace {
+
+constexpr int kRowsAtOnce = 512;
+constexpr int kClassBlock = 4096;
+constexpr int kRowBlock = 16384;
+// From so many classes on, a vector holds classes.
+constexpr int64_t kManyClasses = 64;
+
+// What is read and written once a row, for up to kRowsAtOnce of them.
+template <class Real>
+struct RowBuffers {
+  int64_t label[kRowsAtOnce];  // -1 where there is none, or it is out of range
+  bool kept[kRowsAtOnce];
+  alignas(64) Real label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
+      grad_lse[kRowsAtOnce], grad_entropy[kRowsAtOnce],
+      label_logit[kRowsAtOnce], loss[kRowsAtOnce], lse[kRowsAtOnce], entropy[kRowsAtOnce];
+  int64_t prediction[kRowsAtOnce];
+  int64_t best_target[kRowsAtOnce];
+};
+
+// The operand's classes of one row, or one class of its rows, as an operand of one dimension.
+inline Operand classes_of(const ClassOperand& operand, const IndexSpace& rows, int64_t row) {
+  Operand classes;
+  int64_t offset = operand.class_stride == 0 && rows.numel == 0 ? 0 : offset_of(operand, rows, row);
+  classes.data = address_of(operand, offset);
+  classes.dtype = operand.dtype;
+  classes.strides[0] = operand.class_stride;
+  return classes;
+}
+inline IndexSpace class_space(int64_t classes) {
+  IndexSpace space;
+  space.rank = 1;
+  space.sizes[0] = space.numel = classes;
+  return space;
+}
+
+template <class Real>
+Real class_weight(const SoftmaxCeArguments& a, int64_t c) {
+  Real weight = 1;
+  if (!a.weight) return weight;
+  with_type(a.weight.dtype, [&](auto type) {
+    using T = decltype(type);
+    weight = to_real<Real>(static_cast<const T*>(a.weight.data)[c * a.weight.class_stride]);
+  });
+  return weight;
+}
+
+template <class Real>
+void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double scale,
+               RowBuffers<Real>& rows, BadLabel* bad) {
+  auto read = [&](const Operand& operand, Real* to, Real absent) {
+    if (operand) {
+      gather(operand, a.rows, begin, count, to);
+    } else {
+      for (int i = 0; i < count; ++i) to[i] = absent;
+    }
+  };
+  read(a.sample_weight, rows.sample_weight, 1);
+  read(a.grad_loss, rows.grad_loss, a.is_backward ? 0 : 1);
+  read(a.grad_lse, rows.grad_lse, 0);
+  read(a.grad_entropy, rows.grad_entropy, 0);
+  if (a.has_probabilities) {
+    for (int i = 0; i < count; ++i) {
+      rows.label[i] = -1;
+      rows.kept[i] = true;
+      rows.label_weight[i] = 0;
+    }
+  } else {
+    gather(a.target, a.rows, begin, count, rows.label);
+    const Real share = static_cast<Real>(1 - a.label_smoothing);
+    const auto classes = static_cast<uint64_t>(a.classes);
+    int bad_labels = 0;
+    for (int i = 0; i < count; ++i) {
+      int64_t label = rows.label[i];
+      bool kept = label != a.ignore_index, inside = static_cast<uint64_t>(label) < classes;
+      bad_labels += kept && !inside;
+      rows.kept[i] = kept;
+      rows.label_weight[i] = kept && inside ? share : 0;
+    }
+    for (int i = 0; bad_labels > 0 && i < count; ++i) {
+      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
+      if (rows.kept[i] && !inside && !bad->found) *bad = {true, rows.label[i]};
+    }
+    for (int i = 0; i < count; ++i) {
+      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
+      rows.label[i] = rows.kept[i] && inside ? rows.label[i] : -1;
+    }
+    if (a.weight) {
+      for (int i = 0; i < count; ++i) {
+        if (rows.label[i] >= 0) rows.label_weight[i] *= class_weight<Real>(a, rows.label[i]);
+      }
+    }
+  }
+  const Real factor = static_cast<Real>(scale);
+  for (int i = 0; i < count; ++i) {
+    Real upstream = rows.grad_loss[i] * rows.sample_weight[i] * factor;
+    rows.grad_loss[i] = rows.kept[i] ? upstream : 0;
+    rows.label_logit[i] = 0;
+  }
+}
+
+// Whether a row's logits count for nothing that is wanted.
+template <class Real>
+bool is_dead(const SoftmaxCeArguments& a, const RowBuffers<Real>& rows, int i) {
+  return !rows.kept[i] && !a.has_stats() && !a.grad_lse && !a.grad_entropy;
+}
+
+template <class T, class From>
+void store_rows(const Operand& operand, const IndexSpace& space, int64_t begin, int count,
+                const From* values /* [count] */) {
+  for_each_run<T>(operand, space, begin, count, [&](T* p, int64_t stride, int length, int place) {
+    for (int i = 0; i < length; ++i) p[i * stride] = static_cast<T>(values[place + i]);
+  });
+}
+
+// Returns the summed loss.
+template <class Real>
+double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuffers<Real>& rows) {
+  if (a.is_backward) return 0;
+  for (int i = 0; i < count; ++i) {
+    Real loss = rows.loss[i] * rows.sample_weight[i];
+    rows.loss[i] = rows.kept[i] ? loss : 0;
+  }
+  typename Computing<Real>::Total sum;
+  constexpr int kWidth = Computing<Real>::kStep / 2;
+  int padded = (count + kWidth - 1) / kWidth * kWidth;
+  for (int i = count; i < padded; ++i) rows.loss[i] = 0;
+  for (int i = 0; i < padded; i += kWidth) sum.add(load(rows.loss + i));
+  if (a.loss && a.reduction == Reduction::kNone) {
+    scatter(rows.loss, a.loss, a.rows, begin, count);
+  }
+  if (a.lse) scatter(rows.lse, a.lse, a.rows, begin, count);
+  if (a.entropy) scatter(rows.entropy, a.entropy, a.rows, begin, count);
+  if (a.prediction) {
+    store_rows<int64_t>(a.prediction, a.rows, begin, count, rows.prediction);
+  }
+  if (a.correct) {
+    bool correct[kRowsAtOnce];
+    for (int i = 0; i < count; ++i) {
+      int64_t right = a.has_probabilities ? rows.best_target[i] : rows.label[i];
+      correct[i] = rows.kept[i] && rows.prediction[i] == right;
+    }
+    store_rows<bool>(a.correct, a.rows, begin, count, correct);
+  }
+  return sum.total();
+}
+
+// The first of the largest values seen; a NaN is larger than all.
+template <class Real>
+struct Largest {
+  Real value = 0;
+  int64_t index = -1;
+  void offer(Real x, int64_t at) {
+    if (index < 0 || (x > value && value == value) || (x != x && value == value)) {
+      value = x;
+      index = at;
+    }
+  }
+};
+
+// What the loops need to know of the arguments, in their own type.
+template <class Real>
+struct Options {
+  explicit Options(const SoftmaxCeArguments& a)
+      : scale(static_cast<Real>(a.logit_scale)),
+        cap(static_cast<Real>(a.softcap)),
+        smoothed(a.classes > 0 ? static_cast<Real>(a.label_smoothing / a.classes) : 0),
+        kept(static_cast<Real>(1 - a.label_smoothing)),
+        z_loss(static_cast<Real>(a.z_loss)),
+        transforms(a.logit_scale != 1 || a.softcap != 0),
+        has_coefficients(a.has_probabilities || a.label_smoothing != 0),
+        has_entropy(a.is_backward ? !!a.grad_entropy : !!a.entropy),
+        finds_largest(!a.is_backward && (a.prediction || a.correct)) {}
+
+  Real scale, cap, smoothed, kept, z_loss;
+  bool transforms, has_coefficients, has_entropy, finds_largest;
+
+  // Logits as the loss sees them; `slope` [count], if not null, becomes their derivative.
+  void transform(Real* logits, Real* slope, int count) const {  // [count]
+    for (int i = 0; i < count; ++i) {
+      Real x = logits[i] * scale;
+      if (cap != 0) {
+        Real t = math::tanh(x / cap);
+        logits[i] = cap * t;
+        if (slope != nullptr) slope[i] = scale * (1 - t * t);
+      } else {
+        logits[i] = x;
+        if (slope != nullptr) slope[i] = scale;
+      }
+    }
+  }
+};
+
+// Moves the reference of sums to at least `top`, the largest of the logits to come.
+template <class V>
+FUSED_CE_HOST_DEVICE void admit(SoftmaxSums<V>& sums, V top, bool has_coefficients,
+                                bool has_entropy) {
+  // Of a row that is -inf so far, the reference is 0, so that no difference is NaN.
+  const V low = V{} - INFINITY;
+  V reference = sums.reference > top ? sums.reference : top;
+  V from = sums.reference == low ? V{} : sums.reference;
+  V to = reference == low ? V{} : reference;
+  V shift = to - from;
+  V factor = sums.reference == low ? V{} : math::exp_negative<Precision::kFull>(shift);
+  if (has_entropy) {
+    V moved = factor * math::multiply_add(shift, sums.exponentials, sums.entropy);
+    sums.entropy = factor == 0.0f ? V{} : moved;
+  }
+  if (has_coefficients) {
+    V moved = math::multiply_add(shift, sums.coefficients, sums.cost);
+    sums.cost = sums.reference == low ? sums.cost : moved;
+  }
+  sums.exponentials = sums.exponentials * factor;
+  sums.reference = reference;
+}
+template <class V>
+FUSED_CE_HOST_DEVICE V finite_reference(V reference) {
+  return reference == V{} - INFINITY ? V{} : reference;
+}
+
+// One logit's terms. Returns its exponential.
+template <Precision kPrecision, class V>
+FUSED_CE_HOST_DEVICE V add_logit(SoftmaxSums<V>& sums, V reference, V logit, V coefficient,
+                                 bool has_coefficients, bool has_entropy) {
+  V below = reference - logit;
+  V e = math::exp_negative<kPrecision>(below);
+  sums.exponentials += e;
+  if (has_coefficients) {
+    sums.cost += coefficient * below;
+    sums.coefficients += coefficient;
+  }
+  if (has_entropy) {
+    V term = e * below;
+    sums.entropy += e == 0.0f ? e : term;
+  }
+  return e;
+}
+
+template <class V>
+FUSED_CE_HOST_DEVICE V gradient_of(const SoftmaxGradient<V>& factors, V e, V below, V coefficient,
+                                   bool has_coefficients, bool has_entropy) {
+  V gradient = e * factors.exponential;
+  if (has_entropy) {
+    V term = e * factors.entropy * below;
+    gradient += e == 0.0f ? e : term;
+  }
+  if (has_coefficients) {
+    gradient = math::multiply_add(-coefficient, factors.coefficient, gradient);
+  }
+  return gradient;
+}
+
+// Whether a loop deals with coefficients and entropies.
+enum class Terms { kPlain, kAll };
+
+// ---- a vector holds classes
+// ----------------------------------------------------------------------
+
+template <class T>
+auto block_max(const T* x, int count) {  // [count]
+  using Real = RealOf<T>;
+  using V = typename Computing<Real>::Vector;
+  constexpr int kStep = Computing<Real>::kStep;
+  V low = V{} - static_cast<Real>(INFINITY);
+  Two<V> top{low, low};
+  int i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    Two<V> two = load_two<T>(x + i);
+    top.first = math::Machine<V>::greater(two.first, top.first);
+    top.second = math::Machine<V>::greater(two.second, top.second);
+  }
+  Real most = max_of_lanes(math::Machine<V>::greater(top.first, top.second));
+  for (; i < count; ++i) {
+    Real value = to_real<Real>(x[i]);
+    most = value > most ? value : most;
+  }
+  return most;
+}
+
+template <Terms kTerms, Precision kPrecision, class T, class Real>
+__attribute__((noinline)) void block_sums(const T* x,                // [count]
+                                          const Real* coefficients,  // [count] or null
+                                          Real* kept,                // [count] or null
+                                          int count, SoftmaxSums<Real>& sums) {
+  using V = typename Computing<Real>::Vector;
+  constexpr int kStep = Computing<Real>::kStep;
+  constexpr bool kAll = kTerms == Terms::kAll;
+  const Real reference = finite_reference(sums.reference);
+  const V top = V{} + reference;
+  SoftmaxSums<V> one{}, other{};
+  int i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    Two<V> l = load_two<T>(x + i);
+    Two<V> b{};
+    if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
+    Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kAll, kAll),
+             add_logit<kPrecision>(other, top, l.second, b.second, kAll, kAll)};
+    if (kept != nullptr) store_two(kept + i, e);
+  }
+  SoftmaxSums<Real> rest{};
+  for (; i < count; ++i) {
+    Real b = kAll && coefficients != nullptr ? coefficients[i] : 0;
+    Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kAll, kAll);
+    if (kept != nullptr) kept[i] = e;
+  }
+  sums.exponentials +=
+      sum_of_lanes(one.exponentials) + sum_of_lanes(other.exponentials) + rest.exponentials;
+  if (!kAll) return;
+  sums.entropy += sum_of_lanes(one.entropy) + sum_of_lanes(other.entropy) + rest.entropy;
+  if (coefficients == nullptr) return;
+  sums.cost += sum_of_lanes(one.cost) + sum_of_lanes(other.cost) + rest.cost;
+  sums.coefficients +=
+      sum_of_lanes(one.coefficients) + sum_of_lanes(other.coefficients) + rest.coefficients;
+}
+
+// The gradient of a block, from its logits, or from kept exponentials where `kept` is not null.
+template <Terms kTerms, Precision kPrecision, class T, class Real>
+__attribute__((noinline)) void block_gradient(const T* x,                // [count]
+                                              const Real* coefficients,  // [count] or null
+                                              const Real* kept,          // [count] or null
+                                              int count, Real reference,
+                                              const SoftmaxGradient<Real>& factors,
+                                              T* gradient) {  // [count]
+  using V = typename Computing<Real>::Vector;
+  constexpr int kStep = Computing<Real>::kStep;
+  constexpr bool kAll = kTerms == Terms::kAll;
+  const V top = V{} + reference;
+  const SoftmaxGradient<V> f{V{} + factors.exponential, V{} + factors.entropy,
+                             V{} + factors.coefficient, V{} + factors.label};
+  int i = 0;
+  if (!kAll && kept != nullptr) {
+    for (; i + kStep <= count; i += kStep) {
+      Two<V> e = load_two<Real>(kept + i);
+      store_two(gradient + i, Two<V>{e.first * f.exponential, e.second * f.exponential});
+    }
+    for (; i < count; ++i) gradient[i] = from_real<T>(kept[i] * factors.exponential);
+    return;
+  }
+  for (; i + kStep <= count; i += kStep) {
+    Two<V> l = load_two<T>(x + i);
+    Two<V> b{};
+    if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
+    V below = top - l.first, other_below = top - l.second;
+    V e = math::exp_negative<kPrecision>(below);
+    V other_e = math::exp_negative<kPrecision>(other_below);
+    store_two(gradient + i, Two<V>{gradient_of(f, e, below, b.first, kAll, kAll),
+                                   gradient_of(f, other_e, other_below, b.second, kAll, kAll)});
+  }
+  for (; i < count; ++i) {
+    Real below = reference - to_real<Real>(x[i]);
+    Real e = math::exp_negative<kPrecision>(below);
+    Real b = kAll && coefficients != nullptr ? coefficients[i] : 0;
+    gradient[i] = from_real<T>(gradient_of(factors, e, below, b, kAll, kAll));
+  }
+}
+
+// T is the logits' type as the loops take them: as they lie (kPlain), or Real in a buffer (kAll).
+template <class T, Terms kTerms, Precision kPrecision>
+struct ClassWise {
+  using Real = RealOf<T>;
+  static constexpr bool kIsDirect = kTerms == Terms::kPlain;
+
+  struct Buffers {
+    alignas(64) T logits[kClassBlock], gradient[kClassBlock];
+    alignas(64) Real slope[kClassBlock],
+        coefficients[kClassBlock], weight[kClassBlock], kept[kClassBlock];
+  };
+
+  const SoftmaxCeArguments& a;
+  const Options<Real>& options;
+  Buffers& buffers;
+  const IndexSpace space = class_space(a.classes);
+
+  // The logits of `count` classes from c on; of kAll with their coefficients.
+  const T* block(const Operand& logits, const Operand& target, int64_t c, int count) {
+    if constexpr (kIsDirect) {
+      return static_cast<const T*>(logits.data) + c;
+    } else {
+      gather(logits, space, c, count, buffers.logits);
+      if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
+      if (!options.has_coefficients) return buffers.logits;
+      Real* b = buffers.coefficients;
+      if (a.has_probabilities) gather(target, space, c, count, b);
+      for (int i = 0; i < count; ++i) {
+        b[i] = a.has_probabilities ? math::multiply_add(b[i], options.kept, options.smoothed)
+                                   : options.smoothed;
+      }
+      if (a.weight) {
+        Operand weight = a.weight;
+        weight.strides[0] = a.weight.class_stride;
+        gather(weight, space, c, count, buffers.weight);
+        for (int i = 0; i < count; ++i) b[i] *= buffers.weight[i];
+      }
+      return buffers.logits;
+    }
+  }
+
+  void row(int64_t row, int i, RowBuffers<Real>& rows) {
+    const Operand logits = classes_of(a.input, a.rows, row);
+    const Operand target = a.has_probabilities ? classes_of(a.target, a.rows, row) : Operand{};
+    const Real* coefficients = options.has_coefficients ? buffers.coefficients : nullptr;
+    Real* kept = kIsDirect && a.gradient && a.classes <= kClassBlock ? buffers.kept : nullptr;
+    auto for_each_block = [&](auto f) {
+      for (int64_t c = 0; c < a.classes; c += kClassBlock) {
+        f(c, static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock));
+      }
+    };
+
+    if (rows.label[i] >= 0) {
+      gather(logits, space, rows.label[i], 1, &rows.label_logit[i]);
+      if (options.transforms) options.transform(&rows.label_logit[i], nullptr, 1);
+    }
+    SoftmaxSums<Real> sums{-static_cast<Real>(INFINITY), 0, 0, 0, 0};
+    if (a.is_backward && a.lse && !options.has_coefficients &&
+        (!options.has_entropy || a.entropy)) {
+      sums.reference = rows.lse[i];
+      sums.exponentials = 1;
+      kept = nullptr;
+    } else {
+      for_each_block([&](int64_t c, int count) {
+        const T* x = block(logits, target, c, count);
+        admit(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
+        block_sums<kTerms, kPrecision>(x, coefficients, kept, count, sums);
+      });
+    }
+    if (options.finds_largest) find_largest(logits, target, rows, i);
+    sums.reference = finite_reference(sums.reference);
+    auto result =
+        SoftmaxRow<Real>::evaluate(sums, rows.label_weight[i], rows.label_logit[i], options.z_loss);
+    rows.loss[i] = result.loss;
+    rows.lse[i] = result.lse;
+    if (!a.is_backward || !a.entropy) rows.entropy[i] = result.entropy;
+    result.entropy = rows.entropy[i];
+    if (!a.gradient) return;
+
+    const Operand gradient = classes_of(a.gradient, a.rows, row);
+    auto factors =
+        SoftmaxGradient<Real>::evaluate(sums, result, rows.label_weight[i], options.z_loss,
+                                        rows.grad_loss[i], rows.grad_lse[i], rows.grad_entropy[i]);
+    Real at_label = 0;
+    if (rows.label[i] >= 0) {
+      at_label = gradient_at(rows.label[i], rows.label_logit[i], sums.reference, factors);
+    }
+    for_each_block([&](int64_t c, int count) {
+      const T* x = block(logits, target, c, count);
+      T* to = kIsDirect ? static_cast<T*>(gradient.data) + c : buffers.gradient;
+      block_gradient<kTerms, kPrecision>(x, coefficients, kept, count, sums.reference, factors, to);
+      if constexpr (!kIsDirect) {
+        if (options.transforms) {
+          for (int k = 0; k < count; ++k) to[k] *= buffers.slope[k];
+        }
+        scatter(to, gradient, space, c, count);
+      }
+    });
+    if (rows.label[i] >= 0) {
+      Operand place = gradient;
+      place.data = address_of(gradient, rows.label[i] * gradient.strides[0]);
+      scatter(&at_label, place, class_space(1), 0, 1);
+    }
+  }
+
+  // The label's own gradient, where the two terms meet before anything is rounded.
+  Real gradient_at(int64_t label, Real logit, Real reference,
+                   const SoftmaxGradient<Real>& factors) {
+    Real below = reference - logit;
+    Real e = math::exp_negative<kPrecision>(below);
+    Real b = options.smoothed * (options.has_coefficients ? class_weight<Real>(a, label) : 1);
+    Real gradient =
+        gradient_of(factors, e, below, b, options.has_coefficients, options.has_entropy) -
+        factors.label;
+    if (options.cap != 0) {
+      Real t = logit / options.cap;
+      gradient *= 1 - t * t;
+    }
+    return gradient * options.scale;
+  }
+
+  void find_largest(const Operand& logits, const Operand& target, RowBuffers<Real>& rows, int i) {
+    Largest<Real> best, best_target;
+    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
+      int count = static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock);
+      gather(logits, space, c, count, buffers.slope);
+      if (options.transforms) options.transform(buffers.slope, nullptr, count);
+      for (int k = 0; k < count; ++k) best.offer(buffers.slope[k], c + k);
+      if (!a.has_probabilities) continue;
+      gather(target, space, c, count, buffers.slope);
+      for (int k = 0; k < count; ++k) best_target.offer(buffers.slope[k], c + k);
+    }
+    rows.prediction[i] = best.index;
+    rows.best_target[i] = best_target.index;
+  }
+
+  void clear(int64_t row) {
+    const Operand gradient = classes_of(a.gradient, a.rows, row);
+    for (int k = 0; k < kClassBlock && k < a.classes; ++k) buffers.kept[k] = 0;
+    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
+      int count = static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock);
+      scatter(buffers.kept, gradient, space, c, count);
+    }
+  }
+};
+
+template <class T, Terms kTerms, Precision kPrecision>
+double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
+                  BadLabel* bad) {
+  using Real = RealOf<T>;
+  RowBuffers<Real> rows;
+  typename ClassWise<T, kTerms, kPrecision>::Buffers buffers;
+  const Options<Real> options(a);
+  ClassWise<T, kTerms, kPrecision> loop{a, options, buffers};
+  Sum sum;
+  for (int64_t at = begin; at < end; at += kRowsAtOnce) {
+    int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
+    load_rows(a, at, count, scale, rows, bad);
+    if (a.is_backward && a.lse) gather(a.lse, a.rows, at, count, rows.lse);
+    if (a.is_backward && a.entropy) gather(a.entropy, a.rows, at, count, rows.entropy);
+    for (int i = 0; i < count; ++i) {
+      if (!is_dead(a, rows, i)) {
+        loop.row(at + i, i, rows);
+      } else if (a.gradient) {
+        loop.clear(at + i);
+      }
+    }
+    sum.add(finish_rows(a, at, count, rows));
+  }
+  return sum.total();
+}
+
+// ---- a vector holds rows
+// -------------------------------------------------------------------------
+
+template <class Real, Terms kTerms, Precision kPrecision>
+struct RowWise {
+  using V = typename Computing<Real>::Vector;
+  static constexpr int kWidth = Computing<Real>::kStep / 2;
+  static constexpr bool kAll = kTerms == Terms::kAll;
+
+  struct Buffers {
+    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][rows]
+    alignas(64) Real coefficients[kRowsAtOnce];
+    alignas(64) Real reference[kRowsAtOnce], exponentials[kRowsAtOnce],
+        sum_of_coefficients[kRowsAtOnce], cost[kRowsAtOnce], sum_of_entropy[kRowsAtOnce];
+    alignas(64) Real factor[4][kRowsAtOnce];
+    Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
+  };
+
+  const SoftmaxCeArguments& a;
+  const Options<Real>& options;
+  Buffers& b;
+  RowBuffers<Real>& rows;
+
+  static Operand class_at(const ClassOperand& operand, int64_t c) {
+    Operand one = operand;
+    one.data = address_of(operand, c * operand.class_stride);
+    return one;
+  }
+  SoftmaxSums<V> sums_at(int i) {
+    return {load(b.reference + i), load(b.exponentials + i), load(b.sum_of_coefficients + i),
+            load(b.cost + i), load(b.sum_of_entropy + i)};
+  }
+
+  void fill(int64_t begin, int count, int stride, int64_t c, int classes, bool slopes) {
+    for (int k = 0; k < classes; ++k) {
+      Real* to = b.logits + k * stride;
+      gather(class_at(a.input, c + k), a.rows, begin, count, to);
+      for (int i = count; i < stride; ++i) to[i] = 0;
+      if (options.transforms) {
+        options.transform(to, slopes ? b.slope + k * stride : nullptr, count);
+      }
+    }
+  }
+  void fill_coefficients(int64_t begin, int count, int stride, int64_t c) {
+    Real weight = class_weight<Real>(a, c);
+    Real* to = b.coefficients;
+    if (!a.has_probabilities) {
+      for (int i = 0; i < stride; ++i) to[i] = options.smoothed * weight;
+      return;
+    }
+    gather(class_at(a.target, c), a.rows, begin, count, to);
+    if (options.finds_largest) {
+      for (int i = 0; i < count; ++i) b.best_target[i].offer(to[i], c);
+    }
+    for (int i = 0; i < count; ++i) {
+      to[i] = math::multiply_add(to[i], options.kept, options.smoothed) * weight;
+    }
+    for (int i = count; i < stride; ++i) to[i] = 0;
+  }
+
+  // One block of classes: `kept` where the exponentials take the logits' place.
+  void add(int64_t begin, int count, int stride, int64_t c, int classes, bool keeps) {
+    for (int i = 0; i < count; ++i) {
+      int64_t k = rows.label[i] - c;
+      if (k >= 0 && k < classes) rows.label_logit[i] = b.logits[k * stride + i];
+    }
+    if (options.finds_largest) {
+      for (int k = 0; k < classes; ++k) {
+        for (int i = 0; i < count; ++i) b.best[i].offer(b.logits[k * stride + i], c + k);
+      }
+    }
+    const bool coefficients = kAll && options.has_coefficients;
+    const bool entropy = kAll && options.has_entropy;
+    for (int i = 0; i < stride; i += kWidth) {
+      SoftmaxSums<V> sums = sums_at(i);
+      V top = load(b.logits + i);
+      for (int k = 1; k < classes; ++k) {
+        top = math::Machine<V>::greater(load(b.logits + k * stride + i), top);
+      }
+      admit(sums, top, coefficients, entropy);
+      if (!coefficients) {
+        // A block's terms are added up by themselves: the rounding of long sums stays small.
+        SoftmaxSums<V> part{};
+        V reference = finite_reference(sums.reference);
+        for (int k = 0; k < classes; ++k) {
+          Real* at = b.logits + k * stride + i;
+          V e = add_logit<kPrecision>(part, reference, load(at), V{}, false, entropy);
+          if (keeps) store(at, e);
+        }
+        sums.exponentials += part.exponentials;
+        sums.entropy += part.entropy;
+      }
+      store_sums(i, sums);
+    }
+    if (!coefficients) return;
+    for (int k = 0; k < classes; ++k) {
+      fill_coefficients(begin, count, stride, c + k);
+      for (int i = 0; i < stride; i += kWidth) {
+        SoftmaxSums<V> sums = sums_at(i);
+        Real* at = b.logits + k * stride + i;
+        V e = add_logit<kPrecision>(sums, finite_reference(sums.reference), load(at),
+                                    load(b.coefficients + i), true, entropy);
+        if (keeps) store(at, e);
+        store_sums(i, sums);
+      }
+    }
+  }
+  void store_sums(int i, const SoftmaxSums<V>& sums) {
+    store(b.reference + i, sums.reference);
+    store(b.exponentials + i, sums.exponentials);
+    store(b.sum_of_coefficients + i, sums.coefficients);
+    store(b.cost + i, sums.cost);
+    store(b.sum_of_entropy + i, sums.entropy);
+  }
+
+  void write_gradient(int64_t begin, int count, int stride, int64_t c, int classes, bool kept) {
+    const bool coefficients = kAll && options.has_coefficients;
+    const bool entropy = kAll && options.has_entropy;
+    for (int k = 0; k < classes; ++k) {
+      if (coefficients) fill_coefficients(begin, count, stride, c + k);
+      Real* values = b.logits + k * stride;
+      for (int i = 0; i < stride; i += kWidth) {
+        SoftmaxGradient<V> factors{load(b.factor[0] + i), load(b.factor[1] + i),
+                                   load(b.factor[2] + i), load(b.factor[3] + i)};
+        V coefficient = coefficients ? load(b.coefficients + i) : V{};
+        V below{}, e = load(values + i);
+        if (!kept) {
+          below = finite_reference(load(b.reference + i)) - e;
+          e = math::exp_negative<kPrecision>(below);
+        }
+        store(values + i,
+              gradient_of(factors, e, below, coefficient, coefficients, entropy && !kept));
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      int64_t k = rows.label[i] - c;
+      if (k >= 0 && k < classes) b.logits[k * stride + i] -= b.factor[3][i];
+      if (!is_dead(a, rows, i)) continue;
+      for (int j = 0; j < classes; ++j) b.logits[j * stride + i] = 0;
+    }
+    for (int k = 0; k < classes; ++k) {
+      Real* values = b.logits + k * stride;
+      if (options.transforms) {
+        for (int i = 0; i < count; ++i) {
+          values[i] = is_dead(a, rows, i) ? 0 : values[i] * b.slope[k * stride + i];
+        }
+      }
+      scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+    }
+  }
+
+  void run(int64_t begin, int count) {
+    int stride = (count + kWidth - 1) / kWidth * kWidth;
+    int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
+    bool single = a.classes <= block;
+    bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
+    for (int i = 0; i < stride; ++i) {
+      b.reference[i] = -static_cast<Real>(INFINITY);
+      b.exponentials[i] = b.sum_of_coefficients[i] = b.cost[i] = b.sum_of_entropy[i] = 0;
+    }
+    for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
+    for (int i = count; i < stride; ++i) {
+      rows.label_weight[i] = rows.label_logit[i] = rows.grad_loss[i] = rows.grad_lse[i] =
+          rows.grad_entropy[i] = 0;
+    }
+    for (int64_t c = 0; c < a.classes; c += block) {
+      int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
+      fill(begin, count, stride, c, classes, true);
+      add(begin, count, stride, c, classes, keeps);
+    }
+    const V z_loss = V{} + options.z_loss;
+    for (int i = 0; i < stride; i += kWidth) {
+      SoftmaxSums<V> sums = sums_at(i);
+      sums.reference = finite_reference(sums.reference);
+      V label_weight = load(rows.label_weight + i);
+      auto row = SoftmaxRow<V>::evaluate(sums, label_weight, load(rows.label_logit + i), z_loss);
+      store(rows.loss + i, row.loss);
+      store(rows.lse + i, row.lse);
+      store(rows.entropy + i, row.entropy);
+      auto factors =
+          SoftmaxGradient<V>::evaluate(sums, row, label_weight, z_loss, load(rows.grad_loss + i),
+                                       load(rows.grad_lse + i), load(rows.grad_entropy + i));
+      store(b.factor[0] + i, factors.exponential);
+      store(b.factor[1] + i, factors.entropy);
+      store(b.factor[2] + i, factors.coefficient);
+      store(b.factor[3] + i, factors.label);
+    }
+    for (int i = 0; i < count && options.finds_largest; ++i) {
+      rows.prediction[i] = b.best[i].index;
+      rows.best_target[i] = b.best_target[i].index;
+    }
+    if (!a.gradient) return;
+    for (int64_t c = 0; c < a.classes; c += block) {
+      int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
+      if (!single) fill(begin, count, stride, c, classes, true);
+      write_gradient(begin, count, stride, c, classes, keeps);
+    }
+  }
+};
+
+template <class Real, Terms kTerms, Precision kPrecision>
+double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
+                BadLabel* bad) {
+  using Loop = RowWise<Real, kTerms, kPrecision>;
+  RowBuffers<Real> rows;
+  typename Loop::Buffers buffers;
+  const Options<Real> options(a);
+  Loop loop{a, options, buffers, rows};
+  // As many rows as fit into the buffer with all their classes, but whole vectors of them.
+  int64_t step = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth * Loop::kWidth : kRowsAtOnce;
+  step = step > kRowsAtOnce ? kRowsAtOnce : step < 4 * Loop::kWidth ? 4 * Loop::kWidth : step;
+  Sum sum;
+  for (int64_t at = begin; at < end; at += step) {
+    int count = static_cast<int>(end - at < step ? end - at : step);
+    load_rows(a, at, count, scale, rows, bad);
+    loop.run(at, count);
+    sum.add(finish_rows(a, at, count, rows));
+  }
+  return sum.total();
+}
+
+// Whether ClassWise can use logits and gradient where they lie.
+template <class T>
+bool lies_in_rows(const SoftmaxCeArguments& a) {
+  const ClassOperand* operands[] = {&a.input, &a.gradient};
+  IndexSpace space = class_space(a.classes);
+  for (const ClassOperand* operand : operands) {
+    if (!*operand) continue;
+    Operand classes;
+    classes.dtype = operand->dtype;
+    classes.strides[0] = operand->class_stride;
+    if (!lies_flat<T>(classes, space)) return false;
+  }
+  const Options<RealOf<T>> options(a);
+  return !options.transforms && !options.has_coefficients && !options.has_entropy;
+}
+
+template <Precision kPrecision>
+double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
+                        BadLabel* bad) {
+  auto chunk = lies_in_rows<float>(a)      ? class_wise<float, Terms::kPlain, kPrecision>
+               : lies_in_rows<BFloat16>(a) ? class_wise<BFloat16, Terms::kPlain, kPrecision>
+               : lies_in_rows<Float16>(a)  ? class_wise<Float16, Terms::kPlain, kPrecision>
+                                           : class_wise<float, Terms::kAll, kPrecision>;
+  return chunk(a, begin, end, scale, bad);
+}
+
+double softmax_ce_chunk_any(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
+                            BadLabel* bad) {
+  // Neighbouring rows are neighbours in memory.
+  bool in_columns = a.input.class_stride != 1 && a.input.strides[0] == 1;
+  if (a.classes < kManyClasses || in_columns) {
+    const Options<float> options(a);
+    bool plain = !options.has_coefficients && !options.has_entropy;
+    auto chunk = a.in_double        ? row_wise<double, Terms::kAll, Precision::kFull>
+                 : !plain           ? row_wise<float, Terms::kAll, Precision::kFull>
+                 : a.half_precision ? row_wise<float, Terms::kPlain, Precision::kHalf>
+                                    : row_wise<float, Terms::kPlain, Precision::kFull>;
+    return chunk(a, begin, end, scale, bad);
+  }
+  auto chunk = a.in_double        ? class_wise<double, Terms::kAll, Precision::kFull>
+               : a.half_precision ? softmax_ce_chunk<Precision::kHalf>
+                                  : softmax_ce_chunk<Precision::kFull>;
+  return chunk(a, begin, end, scale, bad);
+}
+
+double softmax_ce_weights(const SoftmaxCeArguments& a, int64_t begin, int64_t end) {
+  int64_t labels[kRowsAtOnce];
+  Sum sum;
+  int64_t kept = 0;
+  for (int64_t at = begin; at < end; at += kRowsAtOnce) {
+    int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
+    gather(a.target, a.rows, at, count, labels);
+    for (int i = 0; i < count; ++i) kept += labels[i] != a.ignore_index;
+    for (int i = 0; a.weight && i < count; ++i) {
+      if (labels[i] == a.ignore_index || labels[i] < 0 || labels[i] >= a.classes) continue;
+      sum.add(class_weight<double>(a, labels[i]));
+    }
+  }
+  return a.weight ? sum.total() : static_cast<double>(kept);
+}
+
+}  // namespace
+}  // namespace fused_ce

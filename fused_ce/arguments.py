@@ -1,0 +1,91 @@
+"""Checks and readings of arguments that the losses share."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as torch_reduction
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+LABELS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+REALS = FLOATS | LABELS | {torch.bool}
+
+# What the ops raise, and torch's gather where a loss is composed from torch's operations.
+_OUT_OF_BOUNDS = re.compile(r"Target -?\d+ is out of bounds.*|index (-?\d+) is out of bounds")
+
+
+def reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
+    if size_average is not None or reduce is not None:
+        return torch_reduction.legacy_get_enum(size_average, reduce)
+    code = REDUCTIONS.get(reduction)
+    return torch_reduction.get_enum(reduction) if code is None else code
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's name of the dtype in messages, such as Float."""
+    return torch.empty(0, dtype=dtype).type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def is_autocast_enabled(input: Tensor) -> bool:
+    # The meta device has no autocast; asking for it raises.
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
+def on_device(tensor: Tensor, input: Tensor) -> Tensor:
+    if tensor.device == input.device:
+        return tensor
+    # Torch lets a 0-D tensor of the CPU stand for a number.
+    if tensor.dim() == 0 and tensor.device.type == "cpu":
+        return tensor.to(input.device)
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        f"{input.device} and {tensor.device}!"
+    )
+
+
+def read_sample_weight(sample_weight: Tensor, input: Tensor, shape: torch.Size) -> Tensor:
+    """The weights with as many dimensions as `shape`, whose leading ones they must have."""
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight must be Tensor, not {type(sample_weight).__name__}")
+    leading = sample_weight.shape
+    if leading != shape[: len(leading)]:
+        raise ValueError(
+            f"sample_weight of shape {list(leading)} must have the shape of the input's leading "
+            f"dimensions, {list(shape)}"
+        )
+    if sample_weight.dtype not in REALS:
+        raise NotImplementedError(f"sample_weight of dtype {sample_weight.dtype} is not supported")
+    return on_device(sample_weight.reshape(leading + (1,) * (len(shape) - len(leading))), input)
+
+
+def read_normalizer(
+    normalizer: float | Tensor | None, input: Tensor
+) -> tuple[Tensor | None, float | None]:
+    """The denominator of "mean" as a 0-D tensor or as a number."""
+    if normalizer is None:
+        return None, None
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1 or normalizer.dtype not in REALS:
+            raise ValueError("normalizer must be a number or a tensor of one real number")
+        return on_device(normalizer.reshape(()), input), None
+    if isinstance(normalizer, str):  # float() would parse it
+        raise TypeError("normalizer must be a number or a tensor, not str")
+    return None, float(normalizer)
+
+
+def is_zero_on_empty(on_empty: str) -> bool:
+    if on_empty != "nan" and on_empty != "zero":
+        raise ValueError(f"on_empty must be 'nan' or 'zero', not {on_empty!r}")
+    return on_empty == "zero"
+
+
+def raise_index_error(message: str) -> None:
+    """Raises torch's exception if the message is about a label out of range."""
+    found = _OUT_OF_BOUNDS.search(message)
+    if found is not None:
+        label = found[1]
+        message = found[0] if label is None else f"Target {label} is out of bounds."
+        raise IndexError(message) from None

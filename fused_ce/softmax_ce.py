@@ -1,0 +1,547 @@
+"""Softmax cross entropy: checks, autograd, and the ops of csrc/{cpu,cuda}/softmax_ce.cpp.
+
+The steps of a call are those of bce.py: the public function reads its arguments into the op's own,
+`_apply` decides between the op, the op under autograd (`_SoftmaxCE`), and the composition of
+reference.py that transforms need.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fused_ce import reference
+from fused_ce.arguments import (
+    FLOATS,
+    LABELS,
+    REALS,
+    dtype_name,
+    is_autocast_enabled,
+    is_zero_on_empty,
+    on_device,
+    raise_index_error,
+    read_normalizer,
+    read_sample_weight,
+    reduction_code,
+)
+from fused_ce.autograd import (
+    Overwritten,
+    apply_overwriting,
+    composed_gradients,
+    forward_gradient,
+    is_composed,
+    transforms_active,
+)
+from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
+
+_OUTPUTS = {"lse": LSE, "entropy": ENTROPY, "prediction": PREDICTION, "correct": CORRECT}
+_HALVES = (torch.float16, torch.bfloat16)
+
+_softmax_ce_op = torch.ops.fused_ce._softmax_ce.default
+_softmax_ce_with_gradient_op = torch.ops.fused_ce._softmax_ce_with_gradient.default
+_softmax_ce_backward_op = torch.ops.fused_ce._softmax_ce_backward.default
+_scale_op = torch.ops.fused_ce._scale_.default
+
+
+class CrossEntropyStats(NamedTuple):
+    """What `cross_entropy(..., stats=...)` returns beside the loss: a tensor for each statistic
+    that was asked for, of the shape of an unreduced loss; None for the others."""
+
+    lse: Tensor | None = None
+    """log(sum(exp(logits))), in float32 or float64; differentiable."""
+    entropy: Tensor | None = None
+    """Entropy of the softmax in nats, in float32 or float64; differentiable."""
+    prediction: Tensor | None = None
+    """The class of the largest logit, int64, as torch.argmax finds it."""
+    correct: Tensor | None = None
+    """Whether the prediction is the label (or the most probable class of the target); False where
+    the row is ignored."""
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    stats: Sequence[str] = (),
+    inplace_backward: bool = False,
+) -> Any:
+    r"""Cross entropy between logits and labels or probabilities, as `torch's function of this name
+    <https://pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html>`_.
+
+    .. math::
+        \ell = w_y \Big( \log \sum_c e^{x_c} - x_y \Big) \quad\text{or}\quad
+        \sum_c w_c\, t_c \Big( \log \sum_{c'} e^{x_{c'}} - x_c \Big)
+
+    Args:
+        input: logits :math:`x` of shape (C), (N, C) or (N, C, d1, ..., dK), of any strides;
+            float64, float32, float16 or bfloat16.
+        target: the label :math:`y` of each row, of shape (), (N) or (N, d1, ..., dK); int64, int32,
+            int16, int8 or uint8. Or probabilities :math:`t`, of the input's shape and a float type.
+        weight: :math:`w`, one for each class; of the input's dtype if the target holds labels.
+        size_average, reduce: torch's deprecated switches; they override `reduction`.
+        ignore_index: rows with this label cost nothing, get a gradient of zero and are not counted.
+        reduction: "none", "mean" or "sum". The mean divides by the weights of the labels, added up;
+            with probabilities, by the number of rows.
+        label_smoothing: e in [0, 1]; the target becomes t (1 - e) + e / C.
+        sample_weight: a weight for each row (shape of the unreduced loss, or of its leading
+            dimensions) that multiplies its loss and changes no denominator; differentiable.
+        normalizer: a number or a one-element tensor that replaces the denominator of "mean".
+        on_empty: "nan" or "zero", what a mean over nothing is.
+        softcap: a positive number s that makes the logits s tanh(x / s), after `logit_scale`.
+        logit_scale: multiplies the logits.
+        z_loss: this number times (log sum exp)^2 is added to the loss of each row.
+        stats: names of statistics of the rows to return from the same pass, among "lse",
+            "entropy", "prediction" and "correct"; ignored rows have them too.
+        inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
+            later use of the logits in autograd raises. Writes only when the logits need a gradient.
+            Under torch.compile, which plans memory itself, it changes nothing.
+
+    Returns:
+        The loss, in the input's dtype (with probabilities, in what input, target and weight promote
+        to; float32 under autocast), of the rows' shape for "none", else 0-D. With `stats`, a pair
+        of it and :class:`CrossEntropyStats`. Arithmetic is float32, or float64 if the input or the
+        loss is float64. Gradients reach every float argument.
+
+    Raises:
+        ValueError: batch sizes that differ; unknown reduction, on_empty or statistic; a softcap
+            that is not positive.
+        IndexError: a label outside [0, C) that is not `ignore_index` (on the CPU at once; on CUDA
+            the row's loss is NaN, and the next call, or :func:`fused_ce.check`, raises).
+        RuntimeError: other shapes; a target or weight of another dtype; tensors on different
+            devices; label_smoothing above 1; `inplace_backward` on a leaf or on overlapping memory.
+        TypeError: an argument of a wrong type.
+        NotImplementedError: logits of another dtype or layout.
+    """
+    tensors = (input, target, weight, sample_weight, normalizer)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            cross_entropy,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            on_empty=on_empty,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            z_loss=z_loss,
+            stats=stats,
+            inplace_backward=inplace_backward,
+        )
+    code = reduction_code(reduction, size_average, reduce)
+    if not isinstance(input, Tensor):
+        raise _type_error("input", 1, "Tensor", input)
+    if not isinstance(target, Tensor):
+        raise _type_error("target", 2, "Tensor", target)
+    if weight is not None and not isinstance(weight, Tensor):
+        raise _type_error("weight", 3, "Tensor", weight)
+    if type(ignore_index) is not int:
+        ignore_index = _read_index(ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = _read_smoothing(label_smoothing)
+    shape, dtype = input.shape, input.dtype
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    # The lengths first: sizes may be symbols.
+    has_probabilities = len(shape) == len(target.shape) and shape == target.shape
+    if has_probabilities:
+        target = _read_probabilities(target, ignore_index)
+    if label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not label_smoothing > 0.0:  # so torch reads negative ones and NaN
+        label_smoothing = 0.0
+    if dtype not in FLOATS or input.layout is not torch.strided:
+        raise NotImplementedError(
+            f"cross_entropy is not implemented for input of dtype {dtype} and layout {input.layout}"
+        )
+    if len(shape) == 0:
+        raise IndexError(
+            "Dimension specified as 1 but tensor has no dimensions"
+            if has_probabilities
+            else "Dimension out of range (expected to be in range of [-1, 0], but got 1)"
+        )
+    if not has_probabilities:
+        target = _read_labels(target, shape, rows)
+    if target.device != input.device:
+        target = on_device(target, input)
+    autocast = is_autocast_enabled(input)
+    if has_probabilities:
+        dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    if autocast and dtype in _HALVES:
+        dtype = torch.float32
+    if weight is not None:
+        weight = _read_weight(weight, input, dtype, has_probabilities, autocast)
+    if sample_weight is not None:
+        sample_weight = read_sample_weight(sample_weight, input, rows)
+    normalizer, denominator = read_normalizer(normalizer, input)
+    if has_probabilities and input.numel() == 0 and normalizer is None and denominator is None:
+        denominator = 0.0  # Torch divides by the number of probabilities over that of classes.
+    zero_on_empty = is_zero_on_empty(on_empty)
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be positive, not {softcap}")
+    outputs = _read_stats(stats, shape) if stats else 0
+    options = (
+        code,
+        dtype,
+        ignore_index,
+        label_smoothing,
+        softcap or 0.0,
+        logit_scale,
+        z_loss,
+        denominator,
+        zero_on_empty,
+        outputs,
+    )
+    arguments = (input, target, weight, sample_weight, normalizer)
+    try:
+        result = _apply(*arguments, options, inplace_backward)
+    except RuntimeError as error:
+        raise_index_error(str(error))
+        raise
+    if not outputs:
+        return result
+    loss, *found = result
+    named = zip(_OUTPUTS.items(), found, strict=True)
+    return loss, CrossEntropyStats(**{name: stat for (name, bit), stat in named if outputs & bit})
+
+
+def _type_error(name: str, position: int, expected: str, found: Any) -> TypeError:
+    return TypeError(
+        f"cross_entropy_loss(): argument '{name}' (position {position}) must be {expected}, not "
+        f"{type(found).__name__}"
+    )
+
+
+def _read_index(index: Any) -> int:
+    """Torch takes what has the value of an integer, but no bool."""
+    if isinstance(index, torch.SymInt):
+        return index  # type: ignore[return-value]
+    if not isinstance(index, bool):
+        try:
+            return operator.index(index)
+        except TypeError:
+            pass
+    raise _type_error("ignore_index", 5, "int", index)
+
+
+def _read_smoothing(smoothing: Any) -> float:
+    if not isinstance(smoothing, str):  # float() would parse it
+        try:
+            return float(smoothing)
+        except TypeError:
+            pass
+    raise _type_error("label_smoothing", 6, "float", smoothing)
+
+
+def _read_probabilities(target: Tensor, ignore_index: int) -> Tensor:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            "Expected floating point type for target with class probabilities, got "
+            f"{dtype_name(target.dtype)}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    if target.dtype not in FLOATS:
+        raise RuntimeError(f"target of dtype {target.dtype} is not supported")
+    return target if target.layout is torch.strided else target.to_dense()
+
+
+def _read_labels(target: Tensor, shape: torch.Size, rows: torch.Size) -> Tensor:
+    """The labels in the shape of the rows, or torch's error."""
+    found = target.shape
+    if len(found) != len(rows) or found != rows:
+        if len(shape) > 1 and (len(found) == 0 or found[0] != shape[0]):
+            raise ValueError(
+                f"Expected input batch_size ({shape[0]}) to match target batch_size "
+                f"({found[0] if found else 0})."
+            )
+        if len(shape) == 4 and len(found) == 3:
+            _check_label_dtype(target)
+            raise RuntimeError(f"size mismatch (got input: {list(shape)} , target: {list(found)}")
+        if len(shape) == 4:
+            raise RuntimeError(
+                "only batches of spatial targets supported (3D tensors) but got targets of "
+                f"dimension: {len(found)}"
+            )
+        if len(shape) > 2:
+            raise RuntimeError(f"Expected target size {list(rows)}, got {list(found)}")
+        if len(found) > 1:
+            raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
+        _check_label_dtype(target)
+        if found[0] != 1:
+            raise ValueError(
+                f"For 1D input, 1D target must have size 1, but got target size: {found[0]}"
+            )
+        target = target.reshape(rows)
+    _check_label_dtype(target)
+    if target.layout is not torch.strided:
+        raise NotImplementedError(f"cross_entropy needs strided labels, not {target.layout}")
+    return target
+
+
+def _check_label_dtype(target: Tensor) -> None:
+    if target.dtype not in LABELS:
+        raise RuntimeError(
+            f"expected target dtype to be Long or Byte, but got {dtype_name(target.dtype)}"
+        )
+
+
+def _read_weight(
+    weight: Tensor, input: Tensor, dtype: torch.dtype, has_probabilities: bool, autocast: bool
+) -> Tensor:
+    """The weights of the classes in one dimension."""
+    dim = input.dim()
+    classes = input.size(1 if dim > 1 else 0)
+    if dim > 2 and not has_probabilities:
+        if weight.numel() != classes:
+            raise RuntimeError("weight tensor should be defined either for all or no classes")
+        weight = weight.reshape(classes)
+    elif weight.dim() != 1 or weight.numel() != classes:
+        raise RuntimeError(
+            ("cross_entropy: " if has_probabilities else "")
+            + f"weight tensor should be defined either for all {classes} classes or no classes but "
+            f"got weight tensor of shape: {list(weight.shape)}"
+        )
+    if has_probabilities:
+        if weight.dtype not in REALS:
+            raise NotImplementedError(f"weight of dtype {weight.dtype} is not supported")
+        if weight.dtype not in FLOATS:
+            weight = weight.to(dtype)
+    elif (torch.float32 if autocast and weight.dtype in _HALVES else weight.dtype) != dtype:
+        raise RuntimeError(
+            f"expected scalar type {dtype_name(dtype)} but found {dtype_name(weight.dtype)}"
+        )
+    if weight.layout is not torch.strided:
+        raise NotImplementedError(f"cross_entropy needs a strided weight, not {weight.layout}")
+    return on_device(weight, input)
+
+
+def _read_stats(stats: Sequence[str], shape: torch.Size) -> int:
+    outputs = 0
+    for name in stats:
+        if name not in _OUTPUTS:
+            raise ValueError(
+                f"unknown statistic {name!r}: choose among {', '.join(map(repr, _OUTPUTS))}"
+            )
+        outputs |= _OUTPUTS[name]
+    if outputs & (PREDICTION | CORRECT) and shape[1 if len(shape) > 1 else 0] == 0:
+        raise IndexError("stats: there is no prediction among no classes")
+    return outputs
+
+
+def _apply(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+    options: tuple[Any, ...],
+    inplace: bool,
+) -> Any:
+    """The loss or, with statistics, all that the op returns."""
+    tensors = (input, target, weight, sample_weight, normalizer)
+    if transforms_active() or (normalizer is not None and normalizer.requires_grad):
+        return _wanted(reference.softmax_ce(*tensors, *options), options)
+    others_require_grad = (
+        target.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (sample_weight is not None and sample_weight.requires_grad)
+    )
+    if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
+        return _wanted(_softmax_ce_op(*tensors, *options), options)
+    if torch.compiler.is_compiling():
+        if others_require_grad:
+            # Dynamo cannot trace the torch.autograd.grad of `composed_gradients`.
+            return _wanted(reference.softmax_ce(*tensors, *options), options)
+        return _SoftmaxCE.apply(*tensors, options, None)  # type: ignore[no-untyped-call]
+    if inplace and input.requires_grad:
+        return apply_overwriting(lambda o: _softmax_ce_function(*tensors, options, o), input)
+    return _softmax_ce_function(*tensors, options, None)
+
+
+def _wanted(results: tuple[Tensor, ...], options: tuple[Any, ...]) -> Any:
+    return results if options[-1] else results[0]
+
+
+class _SoftmaxCE(torch.autograd.Function):
+    """`_softmax_ce` under autograd.
+
+    The gradient is written in the forward pass or in backward as in `_BCE`. Backward writes it too
+    where there are upstream gradients of lse or entropy, and so, where the logits would be
+    overwritten by then, wherever these are asked for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | None,
+        options: tuple[Any, ...],
+        overwritten: Overwritten | None,
+    ) -> Any:
+        *shared, outputs = options
+        compiling = torch.compiler.is_compiling()
+        needs_gradient = ctx.needs_input_grad[0]
+        waits = outputs & (LSE | ENTROPY) and (compiling or overwritten is not None)
+        gradient = None
+        if needs_gradient and options[0] != NONE and not waits:
+            gradient = forward_gradient(input, overwritten)
+        arguments = (input, target, weight, sample_weight, normalizer, *shared)
+        if gradient is None:
+            computed = outputs | LSE if needs_gradient else outputs
+            results = _softmax_ce_op(*arguments, computed)
+        else:
+            computed = outputs
+            results = _softmax_ce_with_gradient_op(*arguments, computed, gradient)
+        loss, lse, entropy, prediction, correct = results
+        ctx.options = options
+        ctx.overwritten = overwritten
+        saved: list[Tensor | None] = [
+            input if compiling or overwritten is None else None,
+            target,
+            weight,
+            sample_weight,
+            normalizer,
+            lse if computed & LSE else None,
+            entropy if computed & ENTROPY else None,
+        ]
+        if compiling:
+            saved.append(gradient)
+        else:
+            ctx.gradient = gradient
+        ctx.save_for_backward(*saved)
+        if not outputs:
+            return loss
+        ctx.set_materialize_grads(False)
+        constant = [prediction, correct]
+        constant += [] if needs_gradient and outputs & LSE else [lse]
+        constant += [] if needs_gradient and outputs & ENTROPY else [entropy]
+        ctx.mark_non_differentiable(*constant)
+        return results
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_loss: Tensor | None,
+        grad_lse: Tensor | None = None,
+        grad_entropy: Tensor | None = None,
+        *_: None,
+    ) -> tuple[Tensor | None, ...]:
+        input, target, weight, sample_weight, normalizer, lse, entropy, *rest = ctx.saved_tensors
+        *options, outputs = ctx.options
+        # Dynamo gives results without a derivative an upstream gradient too.
+        grads = (
+            grad_loss,
+            grad_lse if outputs & LSE else None,
+            grad_entropy if outputs & ENTROPY else None,
+        )
+        if torch.compiler.is_compiling():
+            gradient = rest[0]
+            if gradient is not None:
+                return (gradient * grad_loss, *(None,) * 6)
+            gradient = torch.empty_like(input)
+            arguments = (input, target, weight, sample_weight, normalizer, *options)
+            _softmax_ce_backward_op(*grads, *arguments, lse, entropy, gradient)
+            return (gradient, *(None,) * 6)
+
+        if all(grad is None for grad in grads):
+            return (None,) * 7
+        needs = ctx.needs_input_grad[:4]
+        overwritten, gradient = ctx.overwritten, ctx.gradient
+        if overwritten is not None:
+            overwritten.check(gradient is not None)
+            input = overwritten.logits
+        tensors = (input, target, weight, sample_weight)
+
+        def composed(needs: tuple[bool, ...]) -> list[Tensor | None]:
+            def function(*tensors: Any) -> tuple[Tensor, ...]:
+                return reference.softmax_ce(*(*tensors, normalizer, *ctx.options))
+
+            return composed_gradients(function, tensors, needs, grads)
+
+        if is_composed(grads, overwritten):
+            return (*composed(needs), None, None, None)
+        others: list[Tensor | None] = [None, None, None]
+        if any(needs[1:]):
+            if overwritten is not None and overwritten.holds_gradient:
+                raise RuntimeError(
+                    "inplace_backward=True with a target or weight that requires grad: the logits "
+                    "that its gradient needs are overwritten"
+                )
+            others = composed((False, *needs[1:]))[1:]
+        if not needs[0]:
+            return (None, *others, None, None, None)
+        ctx.gradient = None
+        if gradient is not None and grads[1] is None and grads[2] is None:
+            _scale_op(gradient, grad_loss)
+            return (gradient, *others, None, None, None)
+        if gradient is None:
+            gradient = torch.empty_like(input) if overwritten is None else input
+        try:
+            _softmax_ce_backward_op(*grads, *tensors, normalizer, *options, lse, entropy, gradient)
+        except RuntimeError as error:  # what an earlier call has found on CUDA
+            raise_index_error(str(error))
+            raise
+        if overwritten is not None:
+            overwritten.holds_gradient = True
+        return (gradient, *others, None, None, None)
+
+
+# `_SoftmaxCE.apply` without its layer for functorch's tensors, as in bce.py.
+_softmax_ce_function: Callable[..., Any] = super(torch.autograd.Function, _SoftmaxCE).apply
+
+
+def _softmax_ce_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+    reduction: int,
+    dtype: torch.dtype,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    outputs = rest[7]
+    shape = input.shape
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    real = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32
+    dtypes = (real, real, torch.int64, torch.bool)
+    return (
+        input.new_empty(rows if reduction == NONE else (), dtype=dtype),
+        *(
+            input.new_empty(rows if outputs & bit else (0,), dtype=dtype)
+            for bit, dtype in zip(_OUTPUTS.values(), dtypes, strict=True)
+        ),
+    )
+
+
+torch.library.register_fake("fused_ce::_softmax_ce", _softmax_ce_fake)
+torch.library.register_fake("fused_ce::_softmax_ce_with_gradient", _softmax_ce_fake)
+torch.library.register_fake("fused_ce::_softmax_ce_backward", lambda *arguments: None)
