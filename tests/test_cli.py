@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from fused_ce import backends
 from fused_ce.__main__ import main
 from fused_ce.bench import command
-from fused_ce.bench.losses import LOSSES
+from fused_ce.bench.losses import LOSSES, RIVALS
 from fused_ce.bench.rows import parse_size, rows
 
 QUICK = ["--against", "eager", "--repeats", "2", "--seconds", "0"]
@@ -167,12 +168,44 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("quick_copy")
-@pytest.mark.parametrize("case", LOSSES["bce"].cases)
-def test_every_case_runs_and_is_checked(case, capsys):
-    assert (
-        main(["bench", "bce", "--case", case, "--dtype", "float16", "--size", "100", *QUICK]) == 0
-    )
+@pytest.mark.parametrize(
+    ("loss", "case"), [(loss, case) for loss in LOSSES for case in LOSSES[loss].cases]
+)
+def test_every_case_runs_and_is_checked(loss, case, capsys):
+    # 3 rows of 7 classes at 5 positions, to a loss over elements just as many of these
+    options = ["--case", case, "--dtype", "float16", "--size", "3x7x5"]
+    passes = ["--pass", "backward,both"]
+    assert main(["bench", loss, *options, *passes, *QUICK]) == 0
     assert case in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_copy")
+def test_vocabularies_are_plotted_and_absent_rivals_named(tmp_path, capsys):
+    plot = tmp_path / "ce.png"
+    sizes = ["--size", "4x8,4x16,2x3x4", "--pass", "both", "--case", "plain,inplace"]
+    rivals = ["--against", "eager,liger-kernel,cut-cross-entropy"]
+    assert main(["bench", "ce", *sizes, f"--plot={plot}", *QUICK, *rivals]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    # Installed or not, it has no kernel for the CPU.
+    assert re.search(r"liger-kernel, 6 of 6 rows: (not installed|needs a GPU)", printed)
+    assert "cut-cross-entropy, 6 of 6 rows: takes embeddings and a classifier" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_rival_cannot_do():
+    flash = RIVALS["flash-attn"]
+    installed = dataclasses.replace(flash, package="torch")
+    assert flash.package == "flash_attn"
+    assert installed.missing("plain", 2, "cuda") is None
+    assert installed.missing("plain", 2, "cpu") == "needs a GPU"
+    assert installed.missing("plain", 4, "cuda") == "takes rows x classes only"
+    assert installed.missing("weight", 2, "cuda") == "has no such option"
+
+
+def test_classes_are_needed(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "ce", "--size", "100"])
+    assert "not rows x classes: '100'" in capsys.readouterr().err
 
 
 def test_sizes():

@@ -33,6 +33,8 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fused_ce.triton import bce as ops  # noqa: E402
+from fused_ce.triton import common  # noqa: E402
+from fused_ce.triton import softmax_ce as ops_ce  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -578,14 +580,338 @@ def test_same_bits_again() -> None:
 
 @launches
 def test_64_bit_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    collapse = ops._collapse
-    monkeypatch.setattr(ops, "_collapse", lambda *a: (*collapse(*a)[:2], tl.uint64))
+    collapse = common.collapse
+    monkeypatch.setattr(common, "collapse", lambda *a: (*collapse(*a)[:2], tl.uint64))
     x, t = make_input(LOGITS, IMAGE), make_target(IMAGE)
     check(Call(x, t, pos_weight=torch.rand(3, 1, 1), extras=Extras(ignore_index=0)))
     gradient = torch.ones(7, device=DEVICE)
     ops.scale_(gradient, torch.tensor(2.0, device=DEVICE))
     assert (gradient == 2).all()
 
+
+# -- softmax cross entropy -------------------------------------------------------------------------
+
+
+class CeCall(NamedTuple):
+    """A call of the softmax cross entropy ops."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+    sample_weight: Tensor | None = None
+    normalizer: Tensor | None = None
+    reduction: int = MEAN
+    dtype: torch.dtype | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+    denominator: float | None = None
+    zero_on_empty: bool = False
+
+    def arguments(self) -> list[Any]:
+        tensors = [None if t is None else on(t, DEVICE) for t in self[:5]]
+        return [*tensors, self.reduction, self.dtype or self.input.dtype, *self[7:]]
+
+
+LSE, ENTROPY, PREDICTION, CORRECT = 1, 2, 4, 8
+
+
+def ce_exact(call: CeCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float64 leaf, loss, lse and entropy, all differentiable."""
+    leaf = call.input.detach().double().clone().requires_grad_()
+    dim = 1 if leaf.dim() > 1 else 0
+    x, t = leaf.movedim(dim, -1), call.target
+    classes = x.size(-1)
+    kept = torch.ones(x.shape[:-1], dtype=torch.bool)
+    if t.is_floating_point():
+        t = t.double().movedim(dim, -1)
+    else:
+        kept = t != call.ignore_index
+        t = torch.nn.functional.one_hot(torch.where(kept, t.long(), 0), classes).double()
+    logits = x * call.logit_scale
+    if call.softcap:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    log_p = torch.log_softmax(logits, -1)
+    lse = torch.logsumexp(logits, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    w = torch.ones(classes).double() if call.weight is None else call.weight.double()
+    e = call.label_smoothing
+    count = (t * w).sum(-1).where(kept, 0.0).sum()
+    if call.target.is_floating_point():
+        count = kept.sum()
+    log_p = torch.where(kept.unsqueeze(-1), log_p, 0.0)
+    loss = -((t * (1 - e) + e / classes) * w * log_p).sum(-1)
+    loss = loss + call.z_loss * torch.where(kept, lse, 0.0) ** 2
+    if call.sample_weight is not None:
+        loss = loss * call.sample_weight.double()
+    loss = torch.where(kept, loss, 0.0)
+    if call.reduction == NONE:
+        return leaf, loss, lse, entropy
+    loss = loss.sum()
+    if call.reduction == MEAN:
+        given = count if call.denominator is None else torch.tensor(call.denominator)
+        loss = loss / (given if call.normalizer is None else call.normalizer).double()
+    return leaf, loss, lse, entropy
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    """Within a few units in the last place of the largest: terms of either sign cancel."""
+    # exp loses as many units as its argument is large (below 2^5 here), and so does the loss.
+    units = {torch.float64: 64, torch.float32: 24}.get(dtype, 1.5)
+    largest = expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0
+    limit = units * torch.finfo(dtype).eps * max(largest, scale)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(
+        actual.cpu().double(), expected.detach(), rtol=0, atol=limit, equal_nan=True
+    )
+
+
+def ce_check(call: CeCall) -> None:
+    """Loss, statistics, the gradient written beside them, and those of the backward op."""
+    arguments = call.arguments()
+    x = arguments[0]
+    real = torch.float64 if torch.float64 in (x.dtype, arguments[6]) else torch.float32
+    leaf, loss, lse, entropy = ce_exact(call)
+    dim = 1 if leaf.dim() > 1 else 0
+    written = torch.full_like(x, math.nan)
+    (exact,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
+    gradients = [] if call.reduction == NONE else [written]
+    for bits in (0, 15):
+        found = ops_ce.softmax_ce(*arguments, bits, *gradients)
+        close(found[0], loss, arguments[6])
+        if gradients:
+            close(written, exact, x.dtype, scale=0.0)
+            written.fill_(math.nan)
+        for bit, output in zip((LSE, ENTROPY, PREDICTION, CORRECT), found[1:], strict=True):
+            assert output.shape == (loss.new_empty(lse.shape).shape if bits & bit else (0,))
+    close(found[1], lse, real)
+    close(found[2], entropy, real)
+    best = leaf.argmax(dim)
+    labels = call.target
+    soft = labels.is_floating_point()
+    right = best == labels.argmax(dim) if soft else (best == labels) & (labels != call.ignore_index)
+    assert torch.equal(found[3].cpu(), best)
+    assert torch.equal(found[4].cpu(), right)
+
+    upstream = torch.rand(loss.shape, dtype=torch.float64) + 0.5
+    on_lse, on_entropy = torch.rand(lse.shape).double(), torch.rand(lse.shape).double()
+    for grads in ((upstream, None, None), (None, on_lse, None), (upstream, on_lse, on_entropy)):
+        outputs = [o for o, g in zip((loss, lse, entropy), grads, strict=True) if g is not None]
+        given = [g for g in grads if g is not None]
+        (exact,) = torch.autograd.grad(outputs, leaf, given, retain_graph=True)
+        moved = [None if g is None else g.to(DEVICE) for g in grads]
+        ops_ce.softmax_ce_backward(*moved, *arguments, None, None, written)
+        close(written, exact, x.dtype, scale=0.0)
+
+
+def ce_call(shape: tuple[int, ...], kind: torch.dtype = torch.float32, **options: Any) -> CeCall:
+    dim = 1 if len(shape) > 1 else 0
+    labels = torch.randint(shape[dim], shape[:dim] + shape[dim + 1 :])
+    # a grid of 1/8, exact in every dtype, so that float64 sees the same logits
+    x = (torch.randn(shape) * 24).round() / 8
+    return CeCall(x.to(kind), labels, **options)
+
+
+CE_SHAPES = [
+    (1,),  # a row of one class, whose loss is 0
+    (7,),  # one row
+    (5, 1),
+    (130, 2),  # binary; more rows than a tile of 128 at 16 classes has
+    (3, 10),  # fewer rows than a tile
+    (3, 16),  # the classes fill the block
+    (9, 1000),  # a multiple of 8, so that float32 loads are wide, and no block exactly
+    (2, 4096),  # the largest row that is read once in float32
+    (2, 4097),  # one more: a second pass, and no alignment at all
+    (3, 8192 + 5),  # a block that needs no mask between the two that do
+    (2, 5, 3),
+    (2, 3, 4, 5),
+    (2, 40, 33),  # more classes than a tile across has
+]
+
+
+@launches
+@pytest.mark.parametrize("shape", CE_SHAPES, ids=str)
+def test_ce_shapes(shape: tuple[int, ...]) -> None:
+    ce_check(ce_call(shape))
+    ce_check(ce_call(shape, reduction=NONE))
+
+
+@launches
+def test_ce_sum() -> None:
+    ce_check(ce_call((5, 10), reduction=SUM, weight=torch.rand(10)))
+
+
+CE_OPTIONS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "all smoothing": {"label_smoothing": 1.0},
+    "softcap": {"softcap": 5.0},
+    "softcap, scale": {"softcap": 3.0, "logit_scale": 0.25, "label_smoothing": 0.2},
+    "scale": {"logit_scale": 0.5},
+    "z": {"z_loss": 0.01},
+    "denominator": {"denominator": 7.0, "z_loss": 0.1},
+    "normalizer": {"normalizer": torch.tensor(3)},
+}
+
+
+@launches
+@pytest.mark.parametrize("kind", ["labels", "ignored", "weight", "probabilities"])
+@pytest.mark.parametrize("options", CE_OPTIONS, ids=str)
+def test_ce_options(options: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_ce, "ROW_BYTES", 64)  # 16 float32: both passes, in few blocks
+    monkeypatch.setattr(ops_ce, "TILE", 16)
+    monkeypatch.setattr(ops_ce, "CLASSES_ACROSS", 16)
+    for shape, reduction in (((3, 9), NONE), ((2, 53), MEAN), ((1, 21, 2), MEAN)):
+        call = ce_call(shape, reduction=reduction, **CE_OPTIONS[options])
+        call = call._replace(sample_weight=torch.rand(call.target.shape))
+        if kind == "ignored":
+            call.target.view(-1)[0] = -100
+        elif kind != "labels":
+            call = call._replace(weight=torch.rand(shape[1]) + 0.5)
+        if kind == "probabilities":
+            call = call._replace(target=torch.softmax(torch.randn(shape), 1))
+        ce_check(call)
+
+
+@launches
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_ce_dtypes(dtype: torch.dtype) -> None:
+    for loss_dtype in {dtype, torch.float32, torch.float64}:
+        ce_check(ce_call((5, 37), dtype, dtype=loss_dtype))
+    for label_dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        call = ce_call((5, 37), dtype, dtype=torch.float32)
+        ce_check(call._replace(target=call.target.to(label_dtype)))
+    soft = torch.softmax(torch.randn(5, 37), 1)
+    for other in FLOATS:
+        call = ce_call((5, 37), dtype, dtype=torch.float32, weight=torch.rand(37).to(other))
+        ce_check(call._replace(target=soft.to(other)))
+
+
+@launches
+@pytest.mark.parametrize("layout", [*LAYOUTS, "classes last"])
+def test_ce_layouts(layout: str) -> None:
+    call = ce_call((4, 6, 3, 5))
+    x = call.input
+    if layout == "classes last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    else:
+        x = LAYOUTS[layout](x)
+    ce_check(call._replace(input=x, target=call.target.mT.contiguous().mT))
+    ce_check(call._replace(input=x, target=torch.tensor(2).expand(4, 3, 5)))
+
+
+@launches
+@pytest.mark.parametrize("classes", [37, 4099])  # one block, and two
+def test_ce_over_the_input(classes: int) -> None:
+    arguments = ce_call((5, classes), label_smoothing=0.1).arguments()
+    apart = torch.empty_like(arguments[0])
+    loss = ops_ce.softmax_ce(*arguments, 0, apart)[0]
+    assert torch.equal(ops_ce.softmax_ce(*arguments, 0, arguments[0])[0], loss)
+    assert torch.equal(arguments[0], apart)
+
+
+@launches
+@pytest.mark.parametrize("classes", [3, 37])
+def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_ce, "ROW_BYTES", 64)
+    monkeypatch.setattr(ops_ce, "TILE", 16)
+    inf, nan = math.inf, math.nan
+    x = torch.zeros(9, classes)
+    labels = torch.zeros(9, dtype=torch.int64)
+    x[0, 1] = -inf  # not the target: finite
+    x[1, 0] = -inf  # the target
+    x[2] = -inf
+    x[3, 2] = nan
+    x[4], labels[4] = nan, -100  # ignored
+    labels[5] = classes  # out of range
+    labels[6] = -1
+    x[7] = -200.0
+    x[8, : classes - 1] = torch.finfo(torch.float32).min  # what masks leave, first blocks of it
+    labels[8] = classes - 1
+    expected = [math.log(classes - 1), inf, nan, nan, 0.0, nan, nan, math.log(classes), 0.0]
+    call = CeCall(x, labels, reduction=NONE)
+    loss, _, entropy, prediction, correct = ops_ce.softmax_ce(*call.arguments(), 14)
+    torch.testing.assert_close(loss.cpu(), torch.tensor(expected), equal_nan=True)
+    assert entropy[0].item() == pytest.approx(math.log(classes - 1), rel=1e-6)
+    assert entropy[8].item() == 0
+    best = x.argmax(1)
+    assert torch.equal(prediction.cpu(), best)
+    assert torch.equal(correct.cpu(), best == labels)
+    gradient = torch.full_like(x, 5.0, device=DEVICE)
+    ops_ce.softmax_ce(*call._replace(reduction=SUM).arguments(), 15, gradient)
+    g = gradient.cpu()
+    assert g[0, 1] == 0
+    assert g[2].isnan().all()
+    assert g[3].isnan().all()
+    assert (g[4] == 0).all()
+    assert g[5:7].isnan().all()
+    torch.testing.assert_close(g[7, 1:], torch.full((classes - 1,), 1 / classes))
+    assert (g[8] == 0).all()
+    smoothed = call._replace(label_smoothing=0.1)
+    assert ops_ce.softmax_ce(*smoothed.arguments(), 0)[0][0].item() == inf
+
+
+@launches
+@pytest.mark.parametrize("zero_on_empty", [False, True])
+@pytest.mark.parametrize("why", ["no row", "all ignored", "normalizer", "weight"])
+def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
+    rows = 0 if why == "no row" else 3
+    call = ce_call((rows, 5), zero_on_empty=zero_on_empty)
+    if why == "all ignored":
+        call.target.fill_(-100)
+        call.input.fill_(math.nan)
+    elif why == "normalizer":
+        call = call._replace(normalizer=torch.tensor(0))
+    elif why == "weight":
+        call = call._replace(weight=torch.zeros(5))
+    gradient = torch.full_like(call.input, 5.0, device=DEVICE)
+    loss = ops_ce.softmax_ce(*call.arguments(), 0, gradient)[0].item()
+    if zero_on_empty:
+        assert loss == 0
+        assert (gradient == 0).all()
+    else:
+        assert loss == math.inf if why == "normalizer" else math.isnan(loss)
+        assert (gradient == 0).all() if why == "all ignored" else not gradient.isfinite().any()
+    assert ops_ce.softmax_ce(*call._replace(reduction=SUM).arguments(), 0)[0].isfinite().all() or (
+        why == "all ignored"
+    )
+
+
+@launches
+def test_ce_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    # several tiles a program, blocks of labels and of partial sums
+    for name, value in {"PROGRAMS": 4, "TILE": 16, "LABELS": 8, "COUNTERS": 4, "FINISH": 2}.items():
+        monkeypatch.setattr(ops_ce, name, value)
+    for reduction in REDUCTIONS:
+        call = ce_call((31, 10), reduction=reduction, weight=torch.rand(10) + 0.1)
+        call.target[::3] = -100
+        ce_check(call)
+
+
+@launches
+def test_ce_wide_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    collapse, layout = common.collapse, ops_ce._layout
+    monkeypatch.setattr(common, "collapse", lambda *a: (*collapse(*a)[:2], tl.uint64))
+
+    def wide(*arguments: Any) -> Any:
+        found, warps = layout(*arguments)
+        return {**found, "CLASS": tl.int64}, warps
+
+    monkeypatch.setattr(ops_ce, "_layout", wide)
+    monkeypatch.setattr(ops_ce, "ROW_BYTES", 64)
+    for shape in ((4, 3), (2, 37), (2, 5, 3)):
+        ce_check(ce_call(shape))
+
+
+@launches
+def test_ce_same_bits_again() -> None:
+    arguments = ce_call((300, 10)).arguments()
+    first, second = (ops_ce.softmax_ce(*arguments, 0)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# -- layouts and compilation -----------------------------------------------------------------------
 
 DENSE = (60, 20, 5, 1)
 CHANNELS_LAST = (60, 1, 15, 3)
@@ -610,17 +936,17 @@ def test_dimensions_merge(
     shape: tuple[int, ...],
     strides: list[tuple[int, ...]],
     sizes: tuple[int, ...],
-    simple: tuple[ops.Strides, ...],
+    simple: tuple[common.Strides, ...],
 ) -> None:
-    assert ops._collapse(shape, tuple(strides)) == (sizes, simple, tl.uint32)
+    assert common.collapse(shape, tuple(strides)) == (sizes, simple, tl.uint32)
 
 
 def test_index_type() -> None:
     # by number of elements, and by how far the last one lies
-    assert ops._collapse((2**31 - 1,), ((1,),))[2] == tl.uint32
-    assert ops._collapse((2**31,), ((1,),))[2] == tl.uint64
-    assert ops._collapse((3, 2), ((2**30, 1), (2, 1)))[2] == tl.uint64
-    assert ops._collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
+    assert common.collapse((2**31 - 1,), ((1,),))[2] == tl.uint32
+    assert common.collapse((2**31,), ((1,),))[2] == tl.uint64
+    assert common.collapse((3, 2), ((2**30, 1), (2, 1)))[2] == tl.uint64
+    assert common.collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")

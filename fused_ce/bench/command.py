@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,18 @@ def add_loss(parser: argparse.ArgumentParser, name: str) -> None:
     parser.set_defaults(run=chosen)
     parser.add_argument("--case", **_list("case", loss.cases), default="plain")
     parser.add_argument("--dtype", **_list("dtype", TOLERANCE), default="float32")
-    parser.add_argument("--size", type=_sizes, default=loss.sizes, help="list of sizes")
+    sizes = partial(_sizes, dimensions=2 if loss.over_classes else 1)
+    parser.add_argument("--size", type=sizes, default=loss.sizes, help="list of sizes")
     parser.add_argument("--pass", dest="passes", **_list("pass", PASSES), default="forward,both")
     add_options(parser, name)
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     """The options that a fixed list of rows shares with `bench`."""
+    rivals = LOSSES[name].rivals
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--against", **_list("rival", LOSSES[name].rivals), default="eager,compile")
+    parser.add_argument("--against", **_list("rival", rivals), default=",".join(rivals))
     parser.add_argument("--threads", type=_positive, help="on the CPU; None: as torch chooses")
     parser.add_argument("--repeats", type=_positive, default=20, help="samples, at least")
     parser.add_argument(
@@ -65,9 +69,10 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
     if not todo:
         print("nothing to measure: inplace has no forward pass of its own", file=sys.stderr)
         return 2
+    absent = _absent(todo, options.against)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     copy = copy_bandwidth(options.device)
-    about = report.circumstances(options.device, copy, load)
+    about = report.circumstances(options.device, copy, load, absent)
     records: list[Record] = []
     with report.progress() as bar:
         task = bar.add_task("", total=len(todo))
@@ -89,6 +94,16 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
     return 0
 
 
+def _absent(todo: list[Row], rivals: list[str]) -> list[str]:
+    """Who was asked for and does not take part, in how many rows, and why."""
+    reasons = Counter((name, row.missing(name)) for name in rivals for row in todo)
+    return [
+        f"{name}, {count} of {len(todo)} rows: {why}"
+        for (name, why), count in reasons.items()
+        if why is not None
+    ]
+
+
 def _list(kind: str, known: Collection[str]) -> dict[str, Any]:
     """What argparse needs for a comma-separated list of known names."""
 
@@ -104,11 +119,12 @@ def _list(kind: str, known: Collection[str]) -> dict[str, Any]:
     return {"type": parse, "metavar": kind.upper(), "help": f"list of {', '.join(known)}"}
 
 
-def _sizes(text: str) -> list[str]:
+def _sizes(text: str, dimensions: int) -> list[str]:
     chosen = text.split(",")
     try:
         for size in chosen:
-            parse_size(size)
+            if len(parse_size(size)) < dimensions:
+                raise ValueError(f"not rows x classes: {size!r}")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return chosen

@@ -1,7 +1,9 @@
-"""What is measured. A new loss is one more entry of LOSSES: its cases, rivals and reference."""
+"""What is measured. A new loss is one more entry of LOSSES; a new rival, one more of RIVALS."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,16 +37,66 @@ class Inputs:
 class Case:
     make: Callable[[tuple[int, ...], torch.dtype, torch.device], Inputs]
     fused: Function
-    torch: Function  # what plain torch has to do for the same inputs
+    torch: Function  # what plain torch has to do for the same inputs; takes a `reduction` too
     inplace: bool = False  # the gradient overwrites the logits
+
+
+@dataclass(frozen=True)
+class Rival:
+    function: Callable[[Case], Function]  # imports what it needs when called
+    package: str | None = None  # that has to be installed, and needs a GPU
+    cases: tuple[str, ...] = ()  # that such a package can do
+    unless: str = "has no such option"  # why not the others
+
+    def missing(self, case: str, dimensions: int, device: str) -> str | None:
+        """Why it cannot take part, if it cannot."""
+        if self.package is None:
+            return None
+        if not self.cases:
+            return self.unless
+        if importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        if torch.device(device).type == "cpu":
+            return "needs a GPU"
+        if case not in self.cases:
+            return self.unless
+        return "takes rows x classes only" if dimensions != 2 else None
 
 
 @dataclass(frozen=True)
 class Loss:
     cases: dict[str, Case]
-    rivals: dict[str, Callable[[Case], Function]]
-    reference: Callable[[Inputs], tuple[float, Tensor]]  # loss and gradient in float64
+    rivals: tuple[str, ...]  # of RIVALS
+    count: Callable[[Inputs], float]  # what the mean divides by
     sizes: str  # measured when none are asked for
+    over_classes: bool = False  # plotted over the number of classes, the second dimension
+
+
+def exact(case: Case, loss: Loss, inputs: Inputs) -> tuple[float, Tensor]:
+    """Loss and gradient by plain torch in float64."""
+    logits = inputs.logits.detach()
+    count = loss.count(inputs)
+    gradient = torch.empty_like(logits, dtype=torch.float64)
+    # In pieces, since float64 copies of everything would need many times the memory of the case.
+    rows = max(1, (1 << 22) * len(logits) // logits.numel())
+    total = 0.0
+    for start in range(0, len(logits), rows):
+        piece = slice(start, start + rows)
+        leaf = logits[piece].double().requires_grad_()
+        target = inputs.target[piece]
+        options = {
+            name: (t[piece] if t.shape == logits.shape else t).double()
+            for name, t in inputs.options.items()
+        }
+        part = case.torch(
+            leaf,
+            target.double() if target.is_floating_point() else target,
+            reduction="sum",
+            **options,
+        )
+        gradient[piece] = torch.autograd.grad(part, leaf)[0]
+        total += part.item()
+    return total / count, gradient.div_(count)
 
 
 def _eager(case: Case) -> Function:
@@ -56,6 +108,41 @@ def _compile(case: Case) -> Function:
     # earlier sizes against its limit of recompilations.
     torch.compiler.reset()
     return torch.compile(case.torch, fullgraph=True, dynamic=False)
+
+
+def _liger(case: Case) -> Function:
+    function: Function = importlib.import_module(
+        "liger_kernel.transformers.functional"
+    ).liger_cross_entropy
+    return function
+
+
+def _quack(case: Case) -> Function:
+    function: Function = importlib.import_module("quack.cross_entropy").cross_entropy
+    return partial(function, inplace_backward=case.inplace)
+
+
+def _flash_attn(case: Case) -> Function:
+    module = importlib.import_module("flash_attn.losses.cross_entropy")
+    smoothing = case.torch.keywords if isinstance(case.torch, partial) else {}
+    function: Function = module.CrossEntropyLoss(inplace_backward=case.inplace, **smoothing)
+    return function
+
+
+def _no_logits(case: Case) -> Function:
+    raise NotImplementedError("cut-cross-entropy takes embeddings and a classifier, not logits")
+
+
+RIVALS = {
+    "eager": Rival(_eager),
+    "compile": Rival(_compile),
+    "liger-kernel": Rival(_liger, "liger_kernel", ("inplace",), "always overwrites the logits"),
+    "cut-cross-entropy": Rival(
+        _no_logits, "cut_cross_entropy", (), "takes embeddings and a classifier, not logits"
+    ),
+    "quack-kernels": Rival(_quack, "quack", ("plain", "ignored", "inplace")),
+    "flash-attn": Rival(_flash_attn, "flash_attn", ("plain", "smoothing", "ignored", "inplace")),
+}
 
 
 def _bce_inputs(
@@ -79,37 +166,45 @@ def _bce_inputs(
     return Inputs(empty().normal_(std=3), target, options)
 
 
-def _torch_bce_on_bool(logits: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+def _torch_bce_on_bool(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction=reduction)
 
 
-def _bce_reference(inputs: Inputs) -> tuple[float, Tensor]:
-    logits = inputs.logits.detach().flatten()
-    weight = inputs.options.get("weight", logits.new_ones(())).expand(inputs.logits.shape)
-    pos_weight = inputs.options.get("pos_weight")
-    gradient = torch.empty_like(logits, dtype=torch.float64)
-    total = 0.0
-    # In pieces, since float64 copies of everything would need many times the memory of the case.
-    for piece, x, t, w in zip(
-        *(torch.split(t.flatten(), 1 << 22) for t in (gradient, logits, inputs.target, weight)),
-        strict=True,
-    ):
-        leaf = x.double().requires_grad_()
-        loss = F.binary_cross_entropy_with_logits(
-            leaf,
-            t.double(),
-            w.double(),
-            reduction="sum",
-            pos_weight=None if pos_weight is None else pos_weight.double(),
-        )
-        piece.copy_(torch.autograd.grad(loss, leaf)[0])
-        total += loss.item()
-    count = logits.numel()
-    return total / count, gradient.div_(count).view(inputs.logits.shape)
+def _ce_inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weight: bool = False,
+    ignored: bool = False,
+    probabilities: bool = False,
+) -> Inputs:
+    logits = torch.empty(shape, dtype=dtype, device=device).normal_(std=3)
+    if probabilities:
+        return Inputs(logits, torch.softmax(torch.empty_like(logits).normal_(), 1))
+    target = torch.randint(shape[1], shape[:1] + shape[2:], device=device)
+    if ignored:  # as where the loss skips a prompt
+        target.view(-1)[: target.numel() // 2] = -100
+    options = {}
+    if weight:
+        options["weight"] = torch.empty(shape[1], dtype=dtype, device=device).uniform_(0.5, 1.5)
+    return Inputs(logits, target, options)
+
+
+def _ce_count(inputs: Inputs) -> float:
+    if inputs.target.is_floating_point():
+        return inputs.logits.numel() / inputs.logits.size(1)
+    labels = inputs.target[inputs.target != -100]
+    if "weight" in inputs.options:
+        return inputs.options["weight"].double()[labels].sum().item()
+    return labels.numel()
 
 
 _fused_bce = fused_ce.functional.binary_cross_entropy_with_logits
 _torch_bce = F.binary_cross_entropy_with_logits
+_fused_ce = fused_ce.functional.cross_entropy
+_torch_ce = F.cross_entropy
+_SMOOTHING = 0.1
 
 LOSSES = {
     "bce": Loss(
@@ -122,8 +217,28 @@ LOSSES = {
                 _bce_inputs, partial(_fused_bce, inplace_backward=True), _torch_bce, inplace=True
             ),
         },
-        rivals={"eager": _eager, "compile": _compile},
-        reference=_bce_reference,
+        rivals=("eager", "compile"),
+        count=lambda inputs: inputs.logits.numel(),
         sizes="1000000,64Mi",
+    ),
+    "ce": Loss(
+        cases={
+            "plain": Case(_ce_inputs, _fused_ce, _torch_ce),
+            "smoothing": Case(
+                _ce_inputs,
+                partial(_fused_ce, label_smoothing=_SMOOTHING),
+                partial(_torch_ce, label_smoothing=_SMOOTHING),
+            ),
+            "weight": Case(partial(_ce_inputs, weight=True), _fused_ce, _torch_ce),
+            "ignored": Case(partial(_ce_inputs, ignored=True), _fused_ce, _torch_ce),
+            "probabilities": Case(partial(_ce_inputs, probabilities=True), _fused_ce, _torch_ce),
+            "inplace": Case(
+                _ce_inputs, partial(_fused_ce, inplace_backward=True), _torch_ce, inplace=True
+            ),
+        },
+        rivals=tuple(RIVALS),
+        count=_ce_count,
+        sizes="65536x10,8192x1000,1024x32768,512x128256,8x21x512x512",
+        over_classes=True,
     ),
 }

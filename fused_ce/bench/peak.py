@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,8 +50,8 @@ def _peaks(
     step = row.step()
     peaks = {}
     for name, function in row.contenders(rivals).items():
-        step(function, *feed.take(1))  # compiles, loads code, starts threads
-        peaks[name] = extra(partial(step, function, *feed.take(1)))
+        step(function, *feed.take(1))()  # compiles, loads code, starts threads
+        peaks[name] = extra(step(function, *feed.take(1)))
     return peaks
 
 

@@ -18,15 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fused_ce import backends
+from fused_ce.bench.losses import LOSSES
 from fused_ce.bench.measure import Record
-from fused_ce.bench.rows import OURS
+from fused_ce.bench.rows import OURS, parse_size
 
 # torch's own switch for 2 MiB pages: it changes what fresh buffers cost its own operators.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 VERSIONS = {"fused_ce": "version", "torch": "torch", "Python": "python"}  # in the title
 
 
-def circumstances(device: str, copy: float, load: float | None) -> dict[str, Any]:
+def circumstances(
+    device: str, copy: float, load: float | None, absent: list[str]
+) -> dict[str, Any]:
     return {
         "device": device,
         "machine": _machine(device),
@@ -36,6 +39,7 @@ def circumstances(device: str, copy: float, load: float | None) -> dict[str, Any
         "backends": backends.table(),
         "environment": {HUGE_PAGES: os.environ.get(HUGE_PAGES)},
         "copy_gb_per_s": copy,
+        "absent": absent,
         "load_before": load,  # what other processes do shows in every number
     }
 
@@ -82,7 +86,8 @@ def show(records: list[Record], about: dict[str, Any]) -> None:
         title=title(about),
         caption="Medians in ms; GB/s of fused_ce: inputs read once, gradient written once; "
         "copy: share of the copy bandwidth (above 100 %: cached); memory: peak beyond the inputs "
-        "in multiples of the logits.\n! is further from float64 than fused_ce may be.",
+        "in multiples of the logits.\n! is further from float64 than fused_ce may be."
+        + "".join(f"\nabsent: {line}" for line in about["absent"]),
     )
     for name in ("case", "pass", "dtype", "size"):
         table.add_column(name, no_wrap=True)
@@ -92,13 +97,9 @@ def show(records: list[Record], about: dict[str, Any]) -> None:
         table.add_column(f"memory\n{name}", justify="right", no_wrap=True)
     for (case, one, dtype, size), by_name in _lines(records):
         ours = by_name[OURS]
-        speed = [
-            cell
-            for rival in rivals
-            for cell in (_ms(by_name[rival]), f"[bold]{_ratio(by_name[rival]['ratio'])}[/]")
-        ]
+        speed = [cell for rival in rivals for cell in _speed(by_name.get(rival))]
         bandwidth = [f"{ours['gb_per_s']:.1f}", f"{ours['copy_share']:.0%}"]
-        memory = [_multiple(by_name[name]["peak_logits"]) for name in (OURS, *rivals)]
+        memory = [_multiple(by_name.get(name)) for name in (OURS, *rivals)]
         table.add_row(case, one, dtype, size, _ms(ours), *speed, *bandwidth, *memory)
     # Lines that a narrow terminal breaks can still be read; columns cut short cannot.
     wanted = Console(width=1000).measure(table).maximum
@@ -109,11 +110,16 @@ def _ms(record: Record) -> str:
     return f"{record['ms']:.4g}{'' if record['accurate'] else '!'}"
 
 
+def _speed(record: Record | None) -> tuple[str, str]:
+    return ("-", "-") if record is None else (_ms(record), f"[bold]{_ratio(record['ratio'])}[/]")
+
+
 def _ratio(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
-def _multiple(value: float | None) -> str:
+def _multiple(record: Record | None) -> str:
+    value = None if record is None else record["peak_logits"]
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -140,6 +146,50 @@ def write_json(records: list[Record], about: dict[str, Any], path: Path) -> None
 
 
 def write_plot(records: list[Record], about: dict[str, Any], path: Path) -> None:
+    """Over the number of classes, where the loss has them and they differ; else bars."""
+    by_classes = [
+        (r, parse_size(r["size"])[1])
+        for r in records
+        if LOSSES[r["loss"]].over_classes and len(parse_size(r["size"])) == 2
+    ]
+    if len({classes for _, classes in by_classes}) > 1:
+        _plot_over_classes(by_classes, about, path)
+    else:
+        _plot_bars(records, about, path)
+
+
+def _plot_over_classes(
+    records: list[tuple[Record, int]], about: dict[str, Any], path: Path
+) -> None:
+    """Speed and peak memory of every contender, a column for each case, pass and dtype."""
+    columns: dict[tuple[str, str, str], dict[str, list[tuple[int, Record]]]] = {}
+    for record, classes in records:
+        column = columns.setdefault((record["case"], record["pass"], record["dtype"]), {})
+        column.setdefault(record["contender"], []).append((classes, record))
+    figure = Figure(figsize=(2 + 3.5 * len(columns), 6), layout="constrained")
+    figure.suptitle(title(about), fontsize=9)
+    speeds, memories = figure.subplots(2, len(columns), sharex="col", squeeze=False)
+    for speed, memory, (names, by_name) in zip(speeds, memories, columns.items(), strict=True):
+        for name, points in by_name.items():
+            points.sort(key=lambda point: point[0])
+            places = [c for c, _ in points]
+            speed.plot(places, [r["gb_per_s"] for _, r in points], "o-", label=name)
+            known = [(c, r["peak_logits"]) for c, r in points if r["peak_logits"] is not None]
+            memory.plot([c for c, _ in known], [m for _, m in known], "o-", label=name)
+        speed.set(title=", ".join(names), xscale="log", yscale="log")
+        memory.set(xlabel="classes", ylim=(0, None))
+    speeds[0].set_ylabel("GB/s: inputs once, gradient once")
+    memories[0].set_ylabel("peak memory / logits")
+    handles = {
+        label: handle
+        for axis in speeds
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_bars(records: list[Record], about: dict[str, Any], path: Path) -> None:
     """Bars of rival's time / ours, one panel for each pass and dtype."""
     rivals = _rivals(records)
     lines = _lines(records)
@@ -153,11 +203,16 @@ def write_plot(records: list[Record], about: dict[str, Any], path: Path) -> None
     for axis, (panel, inside) in zip(axes, shown.items(), strict=True):
         for index, rival in enumerate(rivals):
             places = [place + (index + 0.5) * bar - 0.4 for place in range(len(inside))]
-            ratios = [by_name[rival]["ratio"] for _, by_name in inside]
+            # An absent rival has no bar.
+            ratios = [by_name[rival]["ratio"] if rival in by_name else 1 for _, by_name in inside]
             # A logarithmic bar has no zero: it grows from 1, up where we are faster.
             heights = [ratio - 1 for ratio in ratios]
             bars = axis.bar(places, heights, bar, bottom=1, label=rival)
-            axis.bar_label(bars, [_ratio(ratio) for ratio in ratios], fontsize=8)
+            labels = [
+                _ratio(ratio) if rival in by_name else ""
+                for ratio, (_, by_name) in zip(ratios, inside, strict=True)
+            ]
+            axis.bar_label(bars, labels, fontsize=8)
         ticks = [f"{size}\n{case}" for (case, _, _, size), _ in inside]
         axis.set_xticks(range(len(inside)), ticks, fontsize=8)
         axis.set_yscale("log")

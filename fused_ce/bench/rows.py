@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_ce.bench.losses import LOSSES, Case, Function, Inputs, Loss
+from fused_ce.bench.losses import LOSSES, RIVALS, Case, Function, Inputs, Loss
 
 OURS = "fused_ce"
-PASSES = ("forward", "both")
-Step = Callable[[Function, Inputs], object]
+PASSES = ("forward", "backward", "both")
+STANDARD_PASSES = ("forward", "both")
+Step = Callable[[Function, Inputs], Callable[[], object]]
 
 
 def parse_size(text: str) -> tuple[int, ...]:
@@ -46,20 +48,27 @@ class Row:
         return loss, loss.cases[self.case]
 
     def contenders(self, rivals: list[str]) -> dict[str, Function]:
-        loss, case = self.entry()
-        return {OURS: case.fused, **{name: loss.rivals[name](case) for name in rivals}}
+        case = self.entry()[1]
+        able = [name for name in rivals if self.missing(name) is None]
+        return {OURS: case.fused, **{name: RIVALS[name].function(case) for name in able}}
+
+    def missing(self, rival: str) -> str | None:
+        return RIVALS[rival].missing(self.case, len(parse_size(self.size)), self.device)
 
     def inputs(self) -> Inputs:
         torch.manual_seed(0)
         dtype: torch.dtype = getattr(torch, self.dtype)
         inputs = self.entry()[1].make(parse_size(self.size), dtype, torch.device(self.device))
-        inputs.logits.requires_grad_(self.passes == "both")
+        inputs.logits.requires_grad_(self.passes != "forward")
         return inputs
 
     def step(self) -> Step:
+        """What readies a step; calling what it returns is timed."""
         if self.passes == "forward":
             return _forward
-        return _backward_through_layer if self.entry()[1].inplace else _backward_to_leaf
+        inplace = self.entry()[1].inplace
+        finish = _backward_through_layer if inplace else _backward_to_leaf
+        return partial(_both if self.passes == "both" else _backward, finish)
 
 
 def rows(
@@ -75,22 +84,35 @@ def rows(
             for size in sizes:
                 for one in passes:
                     # Without a gradient nothing is written: `inplace` would repeat `plain`.
-                    if one == "both" or not LOSSES[loss].cases[case].inplace:
+                    if one != "forward" or not LOSSES[loss].cases[case].inplace:
                         yield Row(loss, case, one, dtype, size, device)
 
 
 # Each step frees what it allocated, as a training loop does, and pays for that in its own time.
-def _forward(function: Function, inputs: Inputs) -> None:
-    function(inputs.logits, inputs.target, **inputs.options)
+def _forward(function: Function, inputs: Inputs) -> Callable[[], object]:
+    return lambda: function(inputs.logits, inputs.target, **inputs.options)
 
 
-def _backward_to_leaf(function: Function, inputs: Inputs) -> None:
-    torch.autograd.backward(function(inputs.logits, inputs.target, **inputs.options))
+def _both(
+    finish: Callable[[Tensor, Inputs], None], function: Function, inputs: Inputs
+) -> Callable[[], object]:
+    return lambda: finish(function(inputs.logits, inputs.target, **inputs.options), inputs)
+
+
+def _backward(
+    finish: Callable[[Tensor, Inputs], None], function: Function, inputs: Inputs
+) -> Callable[[], object]:
+    loss = [function(inputs.logits, inputs.target, **inputs.options)]
+    return lambda: finish(loss.pop(), inputs)
+
+
+def _backward_to_leaf(loss: Tensor, inputs: Inputs) -> None:
+    torch.autograd.backward(loss)
     inputs.logits.grad = None
 
 
-def _backward_through_layer(function: Function, inputs: Inputs) -> None:
-    torch.autograd.grad(function(inputs.logits, inputs.target, **inputs.options), inputs.leaf)
+def _backward_through_layer(loss: Tensor, inputs: Inputs) -> None:
+    torch.autograd.grad(loss, inputs.leaf)
 
 
 class Feed:

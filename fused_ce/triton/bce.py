@@ -13,13 +13,23 @@ are not ignored needs their number before its first element is written: `_count`
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fused_ce.triton.common import (
+    Operand,
+    cast,
+    load,
+    mean_divisor,
+    operands,
+    precise_log,
+    readable,
+    store,
+)
 
 LOGITS = tl.constexpr(0)
 PROBABILITY = tl.constexpr(1)
@@ -53,28 +63,6 @@ def _exp_minus(y):
         bits = (shifted.to(tl.int32, bitcast=True) << 23) + 0x5F800000
         power = bits.to(tl.float32, bitcast=True)  # 2^(n + 64), so that no n underflows
         return p * power * 5.421010862427522e-20  # 2^-64
-
-
-@triton.jit
-def _log(v, c):
-    """log(v + c), c being what rounding v lost: precise next to v = 1, where tl.log is not."""
-    if v.dtype == tl.float64:
-        return tl.log(v) + tl.where(c == 0.0, 0.0, c / v)
-    else:
-        k = (v.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23  # v / 2^k is in sqrt(1/2) .. sqrt(2)
-        power = ((127 - k) << 23).to(tl.float32, bitcast=True)  # 2^-k
-        f = (v * power - 1.0) + c * power
-        p = -0.078598422185  # log(1 + f) = f - f^2 / 2 + f^3 p(f), minimax: relative error 6e-9
-        p = p * f + 0.128817256184
-        p = p * f - 0.13128709817
-        p = p * f + 0.141811804401
-        p = p * f - 0.166245572372
-        p = p * f + 0.200022867143
-        p = p * f - 0.250008103241
-        p = p * f + 0.333333167225
-        k = k.to(tl.float32)
-        log = k * 0.693145751953125 + (k * 1.4286068203094e-06 + (f - f * f * (0.5 - f * p)))
-        return tl.where(v < 1.1754943508222875e-38, tl.log(v), log)  # 0, subnormal, negative
 
 
 @triton.jit
@@ -114,8 +102,8 @@ def _logits(x, a, b, ab, y, e, r, log1p):
 def _probability(p, a, t):
     """-t log(p) - a log(1 - p), both logs clamped at -100, and torch's derivative."""
     q = 1.0 - p
-    log_p = _log(p, tl.zeros_like(p))
-    log_q = _log(q, (1.0 - q) - p)
+    log_p = precise_log(p, tl.zeros_like(p))
+    log_q = precise_log(q, (1.0 - q) - p)
     log_p = tl.where(log_p < -100.0, -100.0, log_p)  # not tl.maximum, which drops NaN
     log_q = tl.where(log_q < -100.0, -100.0, log_q)
     variance = p * q
@@ -147,7 +135,8 @@ def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
     else:
         # by logarithms, and e apart from n: u may underflow. u < 0 takes a target outside 0 .. 1.
         only_n = m == 0.0
-        log_v = _log(tl.abs(tl.where(only_n, n, v)), tl.zeros_like(v)) - tl.where(only_n, y, 0.0)
+        log_v = precise_log(tl.abs(tl.where(only_n, n, v)), tl.zeros_like(v))
+        log_v -= tl.where(only_n, y, 0.0)
         log_u = log_v - log1p
         modulation = tl.exp(gamma * log_u) * tl.where(v < 0.0, parity, 1.0)
         modulation_slope = gamma * modulation * (a - t) * r * tl.where(only_n, 1.0 / n, e / v)
@@ -157,9 +146,6 @@ def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
 
 
 # -- kernels ---------------------------------------------------------------------------------------
-# An operand is a pair: a tensor and its strides, innermost dimension first; None is a stride of 0,
-# and a scalar has no strides at all. `sizes` are those of all dimensions but the outermost: nothing
-# to divide by where there is just one.
 
 
 @triton.jit
@@ -170,54 +156,6 @@ def _indices(i, iterations, ALIGNED: tl.constexpr, INDEX: tl.constexpr, BLOCK: t
     if not ALIGNED:  # an end amid 16 bytes: a thread takes single elements, its neighbour the next
         index = tl.multiple_of(index, 1)
     return index
-
-
-@triton.jit
-def _pointers(operand, index, sizes):
-    offset = tl.zeros_like(index)
-    for d in tl.static_range(len(operand[1])):
-        if d + 1 < len(operand[1]):
-            size = sizes[d].to(index.dtype)
-            coordinate = index % size
-            index = index // size
-        else:
-            coordinate = index
-        if operand[1][d] is not None:
-            offset += coordinate * operand[1][d]
-    return operand[0] + offset
-
-
-@triton.jit
-def _load(operand, index, sizes, mask):
-    if len(operand[1]) == 0:
-        return tl.load(operand[0])
-    else:
-        return tl.load(_pointers(operand, index, sizes), mask=mask, other=0)
-
-
-@triton.jit
-def _cast(value, dtype: tl.constexpr):
-    if dtype != tl.float64:
-        value = value.to(tl.float32)  # float64 to bfloat16 is no single conversion
-    return value.to(dtype)
-
-
-@triton.jit
-def _store(operand, index, sizes, mask, value):
-    tl.store(_pointers(operand, index, sizes), _cast(value, operand[0].dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _divisor(counts, counters, normalizer, denominator, LENGTH: tl.constexpr):
-    """What a mean divides by: the sum of counts, a number on the device or an argument."""
-    if counts is not None:
-        lanes = tl.arange(0, LENGTH)
-        partial = tl.load(counts + lanes, mask=lanes < counters, other=0)
-        return tl.sum(partial.to(tl.int64)).to(tl.float64)
-    elif normalizer is not None:
-        return tl.load(normalizer).to(tl.float64)
-    else:
-        return tl.full([], denominator, tl.float64)
 
 
 @triton.jit
@@ -247,7 +185,7 @@ def _count(
     for i in range(iterations):
         index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
         mask = index < numel
-        t = _load(target, index, sizes, mask)
+        t = load(target, index, sizes, mask)
         kept += (mask & _is_kept(t, ignore_index)).to(tl.int32)
     tl.store(counts + tl.program_id(0), tl.sum(kept))
 
@@ -294,15 +232,15 @@ def _elements(
     gamma = tl.full([], gamma, COMPUTE)
     parity = tl.full([], parity, COMPUTE)
     if gradient is not None:
-        divisor = _divisor(counts, counters, normalizer, denominator, COUNTERS)
+        divisor = mean_divisor(counts, counters, normalizer, denominator, COUNTERS)
         scale = (1.0 / divisor).to(COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     kept = tl.zeros([BLOCK], tl.int32)
     for i in range(iterations):
         index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
         mask = index < numel
-        x = _load(input, index, sizes, mask).to(COMPUTE)
-        t = _load(target, index, sizes, mask)
+        x = load(input, index, sizes, mask).to(COMPUTE)
+        t = load(target, index, sizes, mask)
         keep = mask
         if ignore_index is not None:
             keep = mask & _is_kept(t, ignore_index)
@@ -319,19 +257,19 @@ def _elements(
             if pos_weight is None:
                 value, slope = _logits(x, a, t, 1.0, y, e, r, log1p)
             else:
-                b = _load(pos_weight, index, sizes, mask).to(COMPUTE) * t
+                b = load(pos_weight, index, sizes, mask).to(COMPUTE) * t
                 value, slope = _logits(x, a, b, a + b, y, e, r, log1p)
         elif FORM == PROBABILITY:
             value, slope = _probability(x, a, t)
         else:
             value, slope = _focal(x, a, t, alpha, beta, gamma, parity, POWER)
         if weight is not None:
-            w = _load(weight, index, sizes, mask).to(COMPUTE)
+            w = load(weight, index, sizes, mask).to(COMPUTE)
             value *= w
             slope *= w
         value = tl.where(keep, value, 0.0)
         if loss is not None:
-            _store(loss, index, sizes, mask, value)
+            store(loss, index, sizes, mask, value)
         if sums is not None:
             total += value
         if gradient is None:
@@ -339,12 +277,12 @@ def _elements(
         else:
             slope *= scale
             if upstream is not None:
-                slope *= _load(upstream, index, sizes, mask).to(COMPUTE)
+                slope *= load(upstream, index, sizes, mask).to(COMPUTE)
             if ignore_index is not None:
                 slope = tl.where(keep, slope, 0.0)
             if ZERO_ON_EMPTY:
                 slope = tl.where(divisor != 0.0, slope, 0.0)
-            _store(gradient, index, sizes, mask, slope)
+            store(gradient, index, sizes, mask, slope)
     if sums is not None:
         tl.store(sums + program, tl.sum(total))
     if counts is not None and gradient is None:
@@ -366,11 +304,11 @@ def _finish(
     """result = sum / divisor, by one program: float64, in the same order every time."""
     lanes = tl.arange(0, PROGRAMS)
     total = tl.sum(tl.load(sums + lanes, mask=lanes < programs, other=0.0).to(tl.float64))
-    divisor = _divisor(counts, counters, normalizer, denominator, PROGRAMS)
+    divisor = mean_divisor(counts, counters, normalizer, denominator, PROGRAMS)
     value = total / divisor
     if ZERO_ON_EMPTY:
         value = tl.where(divisor == 0.0, 0.0, value)
-    tl.store(result, _cast(value, result.dtype.element_ty))
+    tl.store(result, cast(value, result.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["iterations"])
@@ -391,59 +329,20 @@ def _scale(
         for i in range(iterations):
             index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
             mask = index < numel
-            value = _load(gradient, index, sizes, mask).to(COMPUTE) * factor
-            _store(gradient, index, sizes, mask, value)
+            value = load(gradient, index, sizes, mask).to(COMPUTE) * factor
+            store(gradient, index, sizes, mask, value)
 
 
 # -- launches --------------------------------------------------------------------------------------
 
-Strides = tuple[int | None, ...]
-
-
-@lru_cache(maxsize=1024)
-def _collapse(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
-) -> tuple[tuple[int, ...], tuple[Strides, ...], Any]:
-    """The fewest dimensions that hold for all operands, in the memory order of the first.
-
-    Returns what the kernels take: sizes, each operand's strides, and the type of an index.
-    """
-    order = sorted(
-        (d for d in range(len(shape)) if shape[d] != 1), key=lambda d: [s[d] for s in strides]
-    )
-    sizes: list[int] = []
-    steps: list[list[int]] = []  # [dimension][operand]
-    for d in order:
-        step = [s[d] for s in strides]
-        if sizes and step == [inner * sizes[-1] for inner in steps[-1]]:
-            sizes[-1] *= shape[d]
-        else:
-            sizes.append(shape[d])
-            steps.append(step)
-    if not sizes:  # a single element
-        sizes, steps = [1], [[1] * len(strides)]
-    by_operand = list(zip(*steps, strict=True))
-    farthest = [sum((n - 1) * step for n, step in zip(sizes, s, strict=True)) for s in by_operand]
-    index = tl.uint32 if max(math.prod(sizes), *farthest) < 2**31 else tl.uint64
-    simple = tuple(tuple(step or None for step in s) if any(s) else () for s in by_operand)
-    return tuple(sizes[:-1]), simple, index
-
 
 def _operands(
     shape: torch.Size, tensors: list[Tensor | None]
-) -> tuple[list[tuple[Tensor, Strides] | None], tuple[int, ...], dict[str, Any]]:
+) -> tuple[list[Operand | None], tuple[int, ...], dict[str, Any]]:
     """What the kernels take for `tensors`, broadcast to `shape`; sizes; how to index elements."""
     views = [None if t is None else t.expand(shape) for t in tensors]
-    present = [v for v in views if v is not None]
-    sizes, strides, index = _collapse(tuple(shape), tuple(v.stride() for v in present))
-    operands = iter([(_readable(v), s) for v, s in zip(present, strides, strict=True)])
-    indexing = {"ALIGNED": shape.numel() % 16 == 0, "INDEX": index, "BLOCK": BLOCK}
-    return [None if v is None else next(operands) for v in views], sizes, indexing
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """Triton has no bool in memory; its bytes are the numbers 0 and 1."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    found, sizes, index = operands(shape, [None if v is None else (v, v.stride()) for v in views])
+    return found, sizes, {"ALIGNED": shape.numel() % 16 == 0, "INDEX": index, "BLOCK": BLOCK}
 
 
 def _grid(numel: int, limit: int) -> tuple[int, int]:
@@ -484,7 +383,7 @@ def _run(
     if reduction != MEAN:
         normalizer, denominator = None, 1.0
     elif normalizer is not None:
-        normalizer = _readable(normalizer)
+        normalizer = readable(normalizer)
     elif denominator is None and ignore_index is None:
         denominator = numel
     elif denominator is None:
@@ -554,7 +453,7 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
         with torch.cuda.device_of(gradient):
             _scale[(programs,)](
                 operand,
-                _readable(scale),
+                readable(scale),
                 numel,
                 iterations,
                 sizes,
