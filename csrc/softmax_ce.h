@@ -52,4 +52,10 @@ struct SoftmaxCeArguments {
   bool has_stats() const { return !is_backward && (lse || entropy || prediction || correct); }
 };
 
+// A mean over labels whose weights add up to 0 is NaN, as torch's is, and with label smoothing too,
+// where the sum above is not 0.
+FUSED_CE_HOST_DEVICE double checked_weights(double sum, bool zero_on_empty) {
+  return sum == 0 && !zero_on_empty ? static_cast<double>(NAN) : sum;
+}
+
 }  // namespace fused_ce

@@ -175,6 +175,8 @@ def softmax_ce(
             smooth = -(log_p if w is None else log_p * w).sum(dim)
             loss = loss * (1 - label_smoothing) + smooth * (label_smoothing / max(classes, 1))
         count = row_weight.sum()
+        if not zero_on_empty:  # NaN as torch's mean is, and with label smoothing too
+            count = torch.where(count == 0, torch.nan, count)
     if z_loss:
         loss = loss + z_loss * torch.logsumexp(logits, dim).square()
     if sample_weight is not None:

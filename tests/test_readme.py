@@ -19,16 +19,38 @@ TEXT = README.read_text(encoding="utf-8")
 
 # The first column of the table of features, and what would fail without the feature.
 FEATURES = {
-    "logits, `weight`, `pos_weight`": [
+    "softmax: labels, probabilities, `weight`, `label_smoothing`": [
+        "test_softmax_ce.py::test_dtypes",
+        "test_softmax_ce.py::test_options",
+    ],
+    "softmax: (N, C, d1, ...) and any strides, without a copy": [
+        "test_softmax_ce.py::test_shapes",
+        "test_softmax_ce.py::test_strides",
+        "test_softmax_ce.py::test_memory",
+    ],
+    "softmax: int32, int16 and int8 labels": [
+        "test_softmax_ce.py::test_dtypes",
+        "test_softmax_ce.py::test_extras_accept_what_torch_rejects",
+    ],
+    "softmax: `softcap`, `logit_scale`, `z_loss`": ["test_softmax_ce.py::test_extras"],
+    "softmax: `stats` from the same pass": [
+        "test_softmax_ce.py::test_stats",
+        "test_softmax_ce.py::test_gradients_of_stats",
+    ],
+    "softmax: gradient of an ignored row that holds NaN": ["test_softmax_ce.py::test_ignored_rows"],
+    "softmax: `IndexError` for a bad label on CUDA, and the process goes on": [
+        "test_bad_input.py::test_labels_out_of_range"
+    ],
+    "binary: logits, `weight`, `pos_weight`": [
         "test_bce.py::test_dtypes",
         "test_bce.py::test_weight_shapes",
     ],
-    "probabilities": ["test_bce.py::test_dtypes", "test_opinfo.py::test_functions"],
+    "binary: probabilities": ["test_bce.py::test_dtypes", "test_opinfo.py::test_functions"],
     "focal loss": ["test_bce.py::test_focal_is_torchvisions"],
     "focal gradient at `gamma=0.5`, logit 20, label 1": [
         "test_bce.py::test_focal_gradient_is_finite"
     ],
-    "bool and integer targets": [
+    "binary: bool and integer targets": [
         "test_bce.py::test_dtypes",
         "test_bce.py::test_extras_accept_what_torch_rejects",
     ],
@@ -36,19 +58,19 @@ FEATURES = {
         "test_bce.py::test_dtypes",
         "test_bce.py::test_bfloat16_where_torch_loses_the_gradient",
     ],
-    "loss 0 at an infinite logit on the right side": [
+    "binary: loss 0 at an infinite logit on the right side": [
         "test_bce.py::test_infinite_logits_on_the_right_side_cost_nothing"
     ],
     "same bits on any number of CPU threads": [
         "test_bce.py::test_same_bits_on_any_number_of_threads"
     ],
-    "memory of forward and backward, in sizes of the logits": ["test_bce.py::test_memory"],
+    "binary: memory of forward and backward, in sizes of the logits": ["test_bce.py::test_memory"],
     "`inplace_backward`, which needs none": [
         "test_bce.py::test_inplace_backward",
         "test_bce.py::test_memory",
     ],
-    "`ignore_index`": ["test_bce.py::test_ignored_elements"],
-    "`label_smoothing`": ["test_bce.py::test_extras"],
+    "binary: `ignore_index`": ["test_bce.py::test_ignored_elements"],
+    "binary: `label_smoothing`": ["test_bce.py::test_extras"],
     "`sample_weight`": ["test_bce.py::test_extras"],
     "`normalizer`": ["test_bce.py::test_normalizer_makes_gradient_accumulation_exact"],
     "`on_empty`": ["test_bce.py::test_on_empty"],

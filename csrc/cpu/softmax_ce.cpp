@@ -36,7 +36,7 @@ double denominator_of(const SoftmaxCeArguments& a) {
   });
   Sum sum;
   for (int64_t i = 0; i * kChunk < a.rows.numel; ++i) sum.add(sums[i]);
-  return sum.total();
+  return checked_weights(sum.total(), a.zero_on_empty);
 }
 
 void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
