@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <stdexcept>
 
 // Torch's CUDA library has this symbol. A CPU build of torch does not, and must still load the
 // extension.
@@ -56,7 +57,7 @@ Report* shared_report() {
   if (report_memory == nullptr) {
     void* memory;
     check(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocMapped | cudaHostAllocPortable));
-    *static_cast<Report*>(memory) = Report{0, false, 0, 0};
+    *static_cast<Report*>(memory) = Report{};
     report_memory = static_cast<Report*>(memory);
   }
   return report_memory;
@@ -67,11 +68,23 @@ std::string take_report() {
   if (report == nullptr) return "";
   std::atomic_ref<unsigned> state(report->state);
   if (state.load(std::memory_order_acquire) != 2) return "";
-  std::string message = std::string("all elements of ") + (report->is_target ? "target" : "input") +
-                        " should be between 0 and 1, but element " + std::to_string(report->index) +
-                        " in memory order is " + std::to_string(report->value);
+  std::string message;
+  if (report->kind == Report::kLabel) {
+    message = "Target " + std::to_string(report->label) + " is out of bounds (row " +
+              std::to_string(report->index) + " of " + std::to_string(report->rows) + ").";
+  } else {
+    message = std::string("all elements of ") +
+              (report->kind == Report::kTargetProbability ? "target" : "input") +
+              " should be between 0 and 1, but element " + std::to_string(report->index) +
+              " in memory order is " + std::to_string(report->value);
+  }
   state.store(0, std::memory_order_release);
   return message;
+}
+
+void raise_report() {
+  std::string pending = take_report();
+  if (!pending.empty()) throw std::runtime_error(pending);
 }
 
 }  // namespace fused_ce

@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "../tensor_operands.h"
 #include "report.h"
 
 namespace fused_ce {
@@ -34,5 +35,12 @@ void check_launch();
 Report* shared_report();
 // What a kernel has reported since the last call, as a message; empty where nothing was.
 std::string take_report();
+// Raises what a kernel has reported.
+void raise_report();
+// Memory on the tensor's device for the length of a call.
+inline Tensor device_memory(const Tensor& like, size_t bytes) {
+  int64_t size = static_cast<int64_t>(bytes), stride = 1;
+  return empty_strided(like, ScalarType::Byte, 1, &size, &stride);
+}
 
 }  // namespace fused_ce
