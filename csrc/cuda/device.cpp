@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 
@@ -40,14 +41,24 @@ cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int multiprocessors(int32_t device_index) {
-  static std::atomic<int> counts[64];
-  if (device_index < 64 && counts[device_index] > 0) return counts[device_index];
-  int count;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index));
-  if (device_index < 64) counts[device_index] = count;
-  return count;
+DeviceLimits device_limits(int32_t device_index) {
+  static std::mutex mutex;
+  static std::map<int32_t, DeviceLimits> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device_index);
+  if (found != known.end()) return found->second;
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value;
+    check(cudaDeviceGetAttribute(&value, which, device_index));
+    return value;
+  };
+  return known[device_index] = {attribute(cudaDevAttrMultiProcessorCount),
+                                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                                attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
 }
+
+int multiprocessors(int32_t device_index) { return device_limits(device_index).multiprocessors; }
 
 void check_launch() { check(cudaGetLastError()); }
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../tensor_operands.h"
+#include "limits.h"
 #include "report.h"
 
 namespace fused_ce {
@@ -28,6 +29,7 @@ class DeviceGuard {
 // Torch's current stream on the device.
 cudaStream_t current_stream(int32_t device_index);
 int multiprocessors(int32_t device_index);
+DeviceLimits device_limits(int32_t device_index);
 // Raises on an error of the last launch.
 void check_launch();
 

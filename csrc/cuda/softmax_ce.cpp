@@ -17,7 +17,7 @@ void run_cuda(const SoftmaxCeArguments& a, const Tensor& input) {
                   " dimensions that cannot be merged are not supported on CUDA");
   DeviceGuard guard(device_index);
   raise_report();
-  SoftmaxCePlan plan = plan_softmax_ce(a, multiprocessors(device_index));
+  SoftmaxCePlan plan = plan_softmax_ce(a, device_limits(device_index));
   std::optional<Tensor> workspace;
   if (plan.workspace_bytes > 0) workspace = device_memory(input, plan.workspace_bytes);
   launch_softmax_ce(a, plan, workspace ? workspace->data_ptr() : nullptr, shared_report(),

@@ -33,15 +33,22 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) p.workspace.weights[blockIdx.x] = sum;
 }
 
+template <class Real>
+__device__ __forceinline__ void reduce_loss(const SoftmaxCeParams& p, Real loss,
+                                            const Scale& scale) {
+  double total;
+  if (grid_sum(loss, p.workspace.sums, p.workspace.ticket, total) && threadIdx.x == 0) {
+    store(p.loss_scalar, 0,
+          scale.denominator == 0 ? total * scale.inverse : total / scale.denominator);
+  }
+}
+
 // Any dtypes, strides and options. A row has `group` threads, 1, 32 or all of the block: it is read
 // once for its sums, and again, from cache, for its gradient.
 template <class Real>
 struct GeneralRow {
-  static constexpr Precision kPrecision = Precision::kFull;
-  using Sums = RowSums<Real, kPrecision>;
   const SoftmaxCeParams& p;
   int64_t input, target, gradient;  // offsets
-  Real scale, cap, keep, share;
 
   struct Logit {
     Real raw;  // before the cap
@@ -50,11 +57,12 @@ struct GeneralRow {
   };
   __device__ __forceinline__ Logit logit(int64_t c) const {
     Real x = load<Real>(TypedPointer{p.input.data, p.input.dtype}, input + c * p.input_stride);
-    Logit l{x * scale, x * scale, scale};
-    if (cap != 0) {
-      Real t = math::tanh(l.raw * static_cast<Real>(p.inverse_softcap));
-      l.value = cap * t;
-      l.slope = scale * (1 - t * t);
+    const auto& k = constants<Real>(p);
+    Logit l{x * k.logit_scale, x * k.logit_scale, k.logit_scale};
+    if (k.softcap != 0) {
+      Real t = math::tanh(l.raw * k.inverse_softcap);
+      l.value = k.softcap * t;
+      l.slope = k.logit_scale * (1 - t * t);
     }
     return l;
   }
@@ -62,7 +70,8 @@ struct GeneralRow {
     return load<Real>(TypedPointer{p.target.data, p.target.dtype}, target + c * p.target_stride);
   }
   __device__ __forceinline__ Real coefficient(int64_t c) const {
-    Real b = p.has_probabilities ? probability(c) * keep + share : share;
+    const auto& k = constants<Real>(p);
+    Real b = p.has_probabilities ? probability(c) * k.keep + k.share : k.share;
     return p.weight.data == nullptr ? b : b * load<Real>(p.weight, c * p.weight_stride);
   }
 };
@@ -71,14 +80,14 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads, 2)
     general_kernel(const __grid_constant__ SoftmaxCeParams p, int group) {
   using Row = GeneralRow<Real>;
-  using Sums = typename Row::Sums;
+  using Sums = RowSums<Real>;
   struct Shared {
     Sums sums;
     Largest<Real> top, top_target;
   };
   __shared__ Shared shared[2][kWarps];
-  double denominator = load_denominator(p);
-  Real scale = static_cast<Real>(inverse_of(denominator, p.zero_on_empty));
+  const Scale factors = load_scale(p);
+  const Real scale = static_cast<Real>(factors.inverse);
   Real loss = 0;
   int lane = threadIdx.x & (group - 1);
   int groups = kThreads / group;
@@ -92,14 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2)
        first += step) {
     int64_t row = first + threadIdx.x / group;
     bool exists = row < p.rows.numel;
-    Row r{p,
-          0,
-          0,
-          0,
-          static_cast<Real>(p.logit_scale),
-          static_cast<Real>(p.softcap),
-          static_cast<Real>(p.keep),
-          static_cast<Real>(p.share)};
+    Row r{p, 0, 0, 0};
     RowTarget<Real> target{-1, 0, 0, false};
     Real label_logit = 0;
     if (exists) {
@@ -130,15 +132,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (wants_target) top_target.offer(r.probability(c), c);
     }
 
-    auto combine = [&](int width) {
-      sums.combine(width, p.has_coefficients, wants_entropy);
-      for (int distance = width >> 1; wants_top && distance > 0; distance >>= 1) {
-        top.offer(from_lane(top.value, distance), from_lane(top.index, distance));
-        top_target.offer(from_lane(top_target.value, distance),
-                         from_lane(top_target.index, distance));
-      }
+    auto combine = [&]<int kWidth>() {
+      sums.template combine<kWidth>(p.has_coefficients, wants_entropy);
+      if (wants_top) top.template combine<kWidth>();
+      if (wants_target) top_target.template combine<kWidth>();
     };
-    combine(group < 32 ? group : 32);
+    if (group > 1) combine.template operator()<32>();
     __syncwarp();  // a lane may have read the label's logit, which another overwrites
     if (group > 32) {
       Shared* mine = shared[parity];
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       sums = other.sums;
       top = other.top;
       top_target = other.top_target;
-      combine(kWarps);
+      combine.template operator()<kWarps>();
     }
 
     if (!exists) continue;
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (p.gradient.data == nullptr) continue;
     RowGradient<Real> g{};
-    if (reads) g = row_gradient(p, row, target, sums, result, scale);
+    if (reads) g = row_gradient(p, row, target, sums, scale);
     TypedPointer to{p.gradient.data, p.gradient.dtype};
 #pragma unroll 1
     for (int64_t c = lane; c < p.classes; c += group) {
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (reads) {
         auto l = r.logit(c);
         Real shifted = l.value - sums.reference;
-        Real e = Sums::exponential(shifted);
+        Real e = math::exp_shifted<Precision::kFull>(shifted);
         value = e * g.exponential;
         if (g.entropy != 0 && e != 0) value += e * g.entropy * (shifted + g.shift);
         if (target.is_kept && p.has_coefficients) value -= g.coefficient * r.coefficient(c);
@@ -188,13 +187,211 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  if (p.loss_scalar.data != nullptr) {
-    double total;
-    if (grid_sum(loss, p.workspace.sums, p.workspace.ticket, total) && threadIdx.x == 0) {
-      store(p.loss_scalar, 0,
-            denominator == 0 ? total * inverse_of(0, p.zero_on_empty) : total / denominator);
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
+// Whether there is a gradient, and if so what it is made of: logits kept in shared memory, or read
+// again.
+enum class Pass { kForward, kKept, kReread };
+
+// Calls f<kBatch> or f<1> for a thread's vectors.
+template <int kBatch, int kStep, class F>
+__device__ __forceinline__ void for_vectors(int first, int end, const F& f) {
+  int v = first;
+#pragma unroll 1
+  for (; v + (kBatch - 1) * kStep < end; v += kBatch * kStep) f.template operator()<kBatch>(v);
+#pragma unroll 1
+  for (; v < end; v += kStep) f.template operator()<1>(v);
+}
+
+// Logits whose classes lie dense in memory, with labels. The threads of a row read it once, in
+// vectors of 16 bytes, add up its sums as the vectors arrive, and keep them in shared memory, each
+// thread its own; the gradient is then made of these. A row too large for that is read again. What
+// lies before the first aligned address of a row and after the last whole vector, a thread each
+// takes.
+template <class T, Scope kScope, Pass kPass>
+__global__ void __launch_bounds__(kThreads, 4)
+    row_kernel(const __grid_constant__ SoftmaxCeParams p, int kept_vectors) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (kScope == Scope::kCluster) return;
+#endif
+  constexpr bool kGradient = kPass != Pass::kForward;
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
+  constexpr int kCount = 16 / sizeof(T);
+  using Vector = Group<T, kCount>;
+  using Sums = RowSums<float>;
+  extern __shared__ uint4 memory[];  // [groups of a block, kept_vectors]
+  __shared__ Exchange<Sums> exchange;
+
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  const float logit_scale = p.in_float.logit_scale;
+  const float share = p.in_float.share;
+  const int classes = static_cast<int>(p.classes);
+  constexpr int kGroup = kScope == Scope::kWarp ? 32 : kThreads;
+  constexpr int kGroups = kThreads / kGroup;
+  int rank = 0, ranks = 1;
+  int64_t first = blockIdx.x, step = gridDim.x;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kScope == Scope::kCluster) {
+    auto cluster = cooperative_groups::this_cluster();
+    rank = cluster.block_rank();
+    ranks = cluster.num_blocks();
+    first /= ranks;
+    step /= ranks;
+  }
+#endif
+  first = first * kGroups + threadIdx.x / kGroup;
+  step *= kGroups;
+  const int lane = threadIdx.x % kGroup;
+  Vector* kept = reinterpret_cast<Vector*>(memory) + threadIdx.x / kGroup * kept_vectors;
+  bool is_leader = lane == 0 && rank == 0;
+  int parity = 0;
+  float loss = 0;
+
+  for (int64_t row = first; row < p.rows.numel; row += step) {
+    RowTarget<float> target = load_target<float>(p, row);
+    const int label = static_cast<int>(target.label);
+    bool reads = target.is_kept || p.reads_all;
+    const T* x = static_cast<const T*>(p.input.data);
+    T* dx = static_cast<T*>(p.gradient.data);
+    x += offset_of(p.input, p.rows, row);
+    if constexpr (kGradient) dx += offset_of(p.gradient, p.rows, row);
+    int head = static_cast<int>(-reinterpret_cast<intptr_t>(x) & 15) / static_cast<int>(sizeof(T));
+    if (head > classes) head = classes;
+    int vectors = (classes - head) / kCount;
+    int extras = classes - vectors * kCount;
+    // The vectors of this block, and the single class of this thread.
+    int start = 0;
+    if constexpr (kScope == Scope::kCluster) {
+      int part = (vectors + ranks - 1) / ranks;
+      start = part * rank < vectors ? part * rank : vectors;
+      vectors = vectors - start < part ? vectors - start : part;
+    }
+    int single = -1;
+    if (rank == 0 && lane < extras) single = lane < head ? lane : classes - extras + lane;
+    const Vector* from = reinterpret_cast<const Vector*>(x + head) + start;
+    int first_class = head + start * kCount;
+
+    Sums sums = Sums::none();
+    float label_logit = 0, single_logit = 0;
+    auto add = [&]<int kN>(const float (&logits)[kN]) {
+      float top = logits[0];
+#pragma unroll
+      for (int i = 1; i < kN; ++i) top = fmaxf(top, logits[i]);
+      sums.admit(top * logit_scale);
+      float shifted[kN];
+#pragma unroll
+      for (int i = 0; i < kN; ++i) shifted[i] = fmaf(logits[i], logit_scale, -sums.reference);
+      if (p.has_coefficients) {
+        sums.coefficients += kN;
+#pragma unroll
+        for (int i = 0; i < kN; ++i) sums.weighted += shifted[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kN; ++i) sums.exponentials += Sums::exponential(shifted[i]);
+    };
+    auto read = [&]<int kN>(int v) {
+      Vector raw[kN];
+      float logits[kN * kCount];
+#pragma unroll
+      for (int i = 0; i < kN; ++i) raw[i] = from[v + i * kGroup];
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        if constexpr (kPass == Pass::kKept) kept[v + i * kGroup] = raw[i];
+        unpack(raw[i], reinterpret_cast<float (&)[kCount]>(logits[i * kCount]));
+      }
+      add(logits);
+    };
+    if (reads) {
+      if (target.is_kept && label >= 0) label_logit = to_real<float>(x[label]);
+      if (single >= 0) {
+        single_logit = to_real<float>(x[single]);
+        add(reinterpret_cast<float (&)[1]>(single_logit));
+      }
+      for_vectors<2, kGroup>(lane, vectors, read);
+      combine<kScope>(sums, exchange, parity, p.has_coefficients);
+      parity ^= 1;
+    }
+    if (reads) {
+      sums.coefficients *= share;
+      sums.weighted *= share;
+    }
+    if (is_leader) {
+      RowResult<float> result{};
+      if (reads) result = row_result(p, target, sums, label_logit * logit_scale);
+      loss += result.loss;
+      store_result(p, row, result);
+    }
+
+    if constexpr (kGradient) {
+      Vector* to = reinterpret_cast<Vector*>(dx + head) + start;
+      const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;
+      auto store_vector = [&]<bool kAligned>(int v, const Vector& vector) {
+        if constexpr (kAligned) {
+          to[v] = vector;
+        } else {
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) reinterpret_cast<T*>(to + v)[i] = vector.values[i];
+        }
+      };
+      if (!reads) {
+        if (single >= 0) dx[single] = from_real<T>(0.0f);
+        for (int v = lane; v < vectors; v += kGroup) {
+          if (aligned) {
+            store_vector.template operator()<true>(v, Vector{});
+          } else {
+            store_vector.template operator()<false>(v, Vector{});
+          }
+        }
+        continue;
+      }
+      RowGradient<float> g = row_gradient(p, row, target, sums, scale);
+      const float factor = g.exponential * logit_scale;
+      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+      auto gradient_of = [&](float logit) {
+        float e = math::exp_shifted<kPrecision>(fmaf(logit, logit_scale, -sums.reference));
+        return fmaf(e, factor, shift);
+      };
+      auto write = [&]<bool kAligned, int kN>(int v) {
+        Vector raw[kN];
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          raw[i] = kPass == Pass::kKept ? kept[v + i * kGroup] : from[v + i * kGroup];
+        }
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          float values[kCount];
+          unpack(raw[i], values);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) values[j] = gradient_of(values[j]);
+          pack(values, raw[i]);
+          store_vector.template operator()<kAligned>(v + i * kGroup, raw[i]);
+        }
+      };
+      if (single >= 0) dx[single] = from_real<T>(gradient_of(single_logit));
+      if (aligned) {
+        for_vectors<2, kGroup>(lane, vectors,
+                               [&]<int kN>(int v) { write.template operator()<true, kN>(v); });
+      } else {
+        for_vectors<2, kGroup>(lane, vectors,
+                               [&]<int kN>(int v) { write.template operator()<false, kN>(v); });
+      }
+      // The label's class once more, by the thread that has written it.
+      int label_vector = label < first_class ? -1 : (label - first_class) / kCount;
+      bool is_mine = label_vector < 0 || label_vector >= vectors
+                         ? single == label
+                         : (label_vector & (kGroup - 1)) == lane;
+      if (label >= 0 && is_mine) {
+        dx[label] = from_real<T>(gradient_of(label_logit) - g.label * logit_scale);
+      }
     }
   }
+
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
+#endif
 }
 
 SoftmaxCeWorkspace carve(void* memory, const SoftmaxCePlan& plan) {
@@ -209,18 +406,118 @@ int at_most(int64_t wanted, int limit) {
   return wanted < 1 ? 1 : wanted < limit ? static_cast<int>(wanted) : limit;
 }
 
+constexpr int64_t kMostClasses = 1 << 30;  // that an int may count, and add a step to
+constexpr int kWarpRowBytes = 6 * 1024;   // of a row that lies in shared memory beside seven others
+constexpr int kReservedBytes = 2 * 1024;  // of a block's shared memory: static, and the driver's
+
+int size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Whether `row_kernel` does it.
+bool is_dense(const SoftmaxCeArguments& a) {
+  bool dense_gradient =
+      !a.gradient || (a.gradient.class_stride == 1 && a.gradient.dtype == a.input.dtype);
+  bool wants_more = a.entropy || a.grad_entropy || a.prediction || a.correct || a.softcap > 0;
+  bool weights_classes = a.weight && a.label_smoothing > 0;
+  return !a.in_double && !a.has_probabilities && a.classes > 1 && a.classes < kMostClasses &&
+         a.input.class_stride == 1 && dense_gradient && !wants_more && !weights_classes &&
+         a.logit_scale > 0;
+}
+
+template <class Kernel>
+void launch_row(Kernel kernel, const SoftmaxCeParams& p, const SoftmaxCePlan& plan,
+                cudaStream_t stream) {
+  if (plan.shared_bytes > 40 * 1024) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = plan.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = plan.cluster > 1;
+  cudaLaunchKernelEx(&config, kernel, p, plan.kept_vectors);
+}
+
+template <class T, Scope kScope>
+void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  if (p.gradient.data == nullptr) {
+    if constexpr (kScope != Scope::kCluster) {
+      launch_row(row_kernel<T, kScope, Pass::kForward>, p, plan, stream);
+    }
+  } else if (plan.kept_vectors > 0) {
+    launch_row(row_kernel<T, kScope, Pass::kKept>, p, plan, stream);
+  } else {
+    if constexpr (kScope == Scope::kBlock) {
+      launch_row(row_kernel<T, kScope, Pass::kReread>, p, plan, stream);
+    }
+  }
+}
+
+template <class T>
+void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  switch (plan.kernel) {
+    case SoftmaxCePlan::kWarp:
+      return launch_rows<T, Scope::kWarp>(p, plan, stream);
+    case SoftmaxCePlan::kBlock:
+      return launch_rows<T, Scope::kBlock>(p, plan, stream);
+    default:
+      return launch_rows<T, Scope::kCluster>(p, plan, stream);
+  }
+}
+
 }  // namespace
 
-SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, int multiprocessors) {
-  SoftmaxCePlan plan;
+SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& device) {
+  SoftmaxCePlan plan{};
   int64_t rows = a.rows.numel;
-  // Neighbouring threads take neighbouring classes or, where classes lie apart, rows; unless rows
-  // are too few to fill the device.
-  bool few_rows = rows < 256 * multiprocessors;
-  plan.group = a.classes > 4096 && rows < 64 * multiprocessors             ? kThreads
-               : a.classes > 32 && (a.input.class_stride == 1 || few_rows) ? 32
-                                                                           : 1;
-  plan.blocks = at_most((rows * plan.group + kThreads - 1) / kThreads, 8 * multiprocessors);
+  plan.cluster = 1;
+  if (is_dense(a)) {
+    // A row takes so many vectors at most, whatever its alignment.
+    int64_t vectors = a.classes * size_of(a.input.dtype) / 16;
+    int64_t bytes = vectors * 16;
+    if (bytes <= kWarpRowBytes) {
+      plan.kernel = SoftmaxCePlan::kWarp;
+      plan.group = 32;
+    } else {
+      plan.kernel = SoftmaxCePlan::kBlock;
+      plan.group = kThreads;
+      // As many blocks as it takes for three of them to fit into a multiprocessor.
+      int64_t wanted = device.multiprocessor_shared_memory / 3 - kReservedBytes;
+      if (a.gradient && bytes > wanted && device.has_clusters) {
+        while (plan.cluster < kMostBlocks && (bytes / plan.cluster) + 16 > wanted)
+          plan.cluster *= 2;
+        if (bytes / plan.cluster + 16 > device.shared_memory - kReservedBytes) plan.cluster = 1;
+        if (plan.cluster > 1) plan.kernel = SoftmaxCePlan::kCluster;
+      }
+    }
+    int groups = kThreads / plan.group;
+    int64_t kept = (vectors + plan.cluster - 1) / plan.cluster + (vectors == 0);
+    if (a.gradient && kept * groups * 16 <= device.shared_memory - kReservedBytes) {
+      plan.kept_vectors = static_cast<int>(kept);
+      plan.shared_bytes = plan.kept_vectors * groups * 16;
+    }
+    int resident = device.multiprocessor_shared_memory / (plan.shared_bytes + kReservedBytes);
+    if (resident > 4) resident = 4;
+    if (resident < 1) resident = 1;
+    plan.blocks =
+        at_most((rows + groups - 1) / groups, device.multiprocessors * resident / plan.cluster) *
+        plan.cluster;
+  } else {
+    plan.kernel = SoftmaxCePlan::kGeneral;
+    // Neighbouring threads take neighbouring classes or, where classes lie apart, rows; unless rows
+    // are too few to fill the device.
+    bool few_rows = rows < 256 * device.multiprocessors;
+    plan.group = a.classes > 4096 && rows < 64 * device.multiprocessors      ? kThreads
+                 : a.classes > 32 && (a.input.class_stride == 1 || few_rows) ? 32
+                                                                             : 1;
+    plan.blocks =
+        at_most((rows * plan.group + kThreads - 1) / kThreads, 8 * device.multiprocessors);
+  }
   // Every block of the second kernel adds up what each of the first has found.
   plan.weight_blocks = a.sums_weights() ? at_most(rows / (4 * kThreads), 128) : 1;
   bool needs = reduces(a) || a.sums_weights();
@@ -264,12 +561,16 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
   p.reads_all = a.has_stats() || (a.is_backward && (a.grad_lse || a.grad_entropy));
   p.weight_blocks = plan.weight_blocks;
   p.ignore_index = a.ignore_index;
-  p.keep = 1.0 - a.label_smoothing;
-  p.share = a.classes > 0 ? a.label_smoothing / static_cast<double>(a.classes) : 0.0;
-  p.softcap = a.softcap;
-  p.inverse_softcap = a.softcap > 0 ? 1.0 / a.softcap : 0.0;
-  p.logit_scale = a.logit_scale;
-  p.z_loss = a.z_loss;
+  p.in_double = {1.0 - a.label_smoothing,
+                 a.classes > 0 ? a.label_smoothing / static_cast<double>(a.classes) : 0.0,
+                 a.softcap,
+                 a.softcap > 0 ? 1.0 / a.softcap : 0.0,
+                 a.logit_scale,
+                 a.z_loss};
+  auto rounded = [](double x) { return static_cast<float>(x); };
+  p.in_float = {rounded(p.in_double.keep),        rounded(p.in_double.share),
+                rounded(p.in_double.softcap),     rounded(p.in_double.inverse_softcap),
+                rounded(p.in_double.logit_scale), rounded(p.in_double.z_loss)};
   p.denominator = !p.is_mean          ? 1.0
                   : a.has_denominator ? a.denominator
                                       : static_cast<double>(a.rows.numel);
@@ -278,6 +579,16 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
     prepare_kernel<<<plan.weight_blocks, kThreads, 0, stream>>>(p);
   }
   if (a.rows.numel == 0 && !reduces(a)) return;
+  if (plan.kernel != SoftmaxCePlan::kGeneral) {
+    switch (a.input.dtype) {
+      case Dtype::kBFloat16:
+        return launch_rows<__nv_bfloat16>(p, plan, stream);
+      case Dtype::kFloat16:
+        return launch_rows<__half>(p, plan, stream);
+      default:
+        return launch_rows<float>(p, plan, stream);
+    }
+  }
   if (a.in_double) {
     general_kernel<double><<<plan.blocks, kThreads, 0, stream>>>(p, plan.group);
   } else {

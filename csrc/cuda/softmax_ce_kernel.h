@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../softmax_ce.h"
+#include "limits.h"
 #include "operand.cuh"
 #include "report.h"
 
@@ -13,6 +14,13 @@ struct SoftmaxCeWorkspace {
   unsigned* ticket;  // [1] by which the block that ends last is known
   double* sums;      // [blocks] each block's losses
   double* weights;   // [weight_blocks] sums of the labels' weights
+};
+
+// In the type that a kernel computes in.
+template <class Real>
+struct SoftmaxCeConstants {
+  Real keep, share;  // 1 - label_smoothing, label_smoothing / classes
+  Real softcap, inverse_softcap, logit_scale, z_loss;
 };
 
 struct SoftmaxCeParams {
@@ -34,20 +42,25 @@ struct SoftmaxCeParams {
   bool reads_all;         // whether ignored rows are read, too
   int weight_blocks;
   int64_t ignore_index;
-  double keep, share;  // 1 - label_smoothing, label_smoothing / classes
-  double softcap, inverse_softcap, logit_scale, z_loss;
+  SoftmaxCeConstants<float> in_float;
+  SoftmaxCeConstants<double> in_double;
   double denominator;  // of the mean, where it is known
 };
 
 struct SoftmaxCePlan {
-  int group;  // threads a row: 1, 32 or all of a block
+  enum Kernel { kGeneral, kWarp, kBlock, kCluster };
+  Kernel kernel;
+  int group;         // threads a row, of a warp or the block
+  int cluster;       // blocks a row
+  int kept_vectors;  // of 16 bytes that a row's threads in a block keep in shared memory
+  int shared_bytes;  // of a block
   int blocks;
   int weight_blocks;
   size_t workspace_bytes;  // 0 where nothing is reduced
 };
 
-// How many blocks the kernels run on, and what device memory they need.
-SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& arguments, int multiprocessors);
+// Which kernel does it, on how many blocks, and what device memory it needs.
+SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& arguments, const DeviceLimits& device);
 
 // One launch, or two where a loss is reduced or the labels' weights are summed.
 void launch_softmax_ce(const SoftmaxCeArguments& arguments, const SoftmaxCePlan& plan,

@@ -2,6 +2,8 @@
 // several threads in one pass over the classes, and what follows from them.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include "../math.h"
 #include "reduce.cuh"
 #include "softmax_ce_kernel.h"
@@ -16,9 +18,13 @@ __device__ __forceinline__ Real quiet_nan() {
   return static_cast<Real>(__int_as_float(0x7fc00000));
 }
 
-template <class T>
-__device__ __forceinline__ T from_lane(T value, int distance) {
-  return __shfl_xor_sync(0xffffffffu, value, distance);
+template <class Real>
+__device__ __forceinline__ const SoftmaxCeConstants<Real>& constants(const SoftmaxCeParams& p) {
+  if constexpr (std::is_same_v<Real, float>) {
+    return p.in_float;
+  } else {
+    return p.in_double;
+  }
 }
 
 // The first of the largest values; NaN counts as the largest, as it does in torch.argmax.
@@ -38,13 +44,21 @@ struct Largest {
       index = other_index;
     }
   }
+
+  template <int kWidth>
+  __device__ __forceinline__ void combine() {
+    if constexpr (kWidth > 1) {
+      offer(from_lane<kWidth / 2>(value), from_lane<kWidth / 2>(index));
+      combine<kWidth / 2>();
+    }
+  }
 };
 
 // What one pass over logits l_c, with a coefficient b_c for each, adds up. All sums refer to
 // `reference`, which stays finite and within kSlack below the largest logit, so that no sum
 // overflows and infinite logits give what the mathematics says; it moves so seldom that the pass is
 // one exponential a class.
-template <class Real, Precision kPrecision>
+template <class Real>
 struct RowSums {
   static constexpr int kSlack = 8;
   Real reference;
@@ -55,8 +69,9 @@ struct RowSums {
 
   static __device__ __forceinline__ RowSums none() { return {-kGreatest<Real>, 0, 0, 0, 0}; }
 
+  // Where e is large enough to matter in a sum, its exponent is small and needs no correction.
   static __device__ __forceinline__ Real exponential(Real shifted) {
-    return math::exp_shifted<kPrecision>(shifted);
+    return math::exp_shifted<Precision::kHalf>(shifted);
   }
 
   __device__ __forceinline__ void refer_to(Real to) {
@@ -69,27 +84,24 @@ struct RowSums {
     reference = to;
   }
 
+  // An infinite logit, which makes the loss and the gradient NaN, as in torch.
+  __device__ __forceinline__ bool has_infinity() const { return exponentials > kGreatest<Real>; }
+
   // Makes room for logits of which `top` is the largest.
   __device__ __forceinline__ void admit(Real top) {
     if (top > reference + kSlack) refer_to(top < kGreatest<Real> ? top : kGreatest<Real>);
   }
 
-  // Adds up those of `width` lanes that differ in the lower bits of their number, in all of them.
-  __device__ __forceinline__ void combine(int width, bool with_coefficients, bool with_entropy) {
-    Real top = reference;
-    for (int distance = width >> 1; distance > 0; distance >>= 1) {
-      Real other = from_lane(top, distance);
-      top = other > top ? other : top;
+  // Adds up those of `kWidth` neighbouring lanes, in all of them.
+  template <int kWidth>
+  __device__ __forceinline__ void combine(bool with_coefficients, bool with_entropy) {
+    refer_to(warp_max<kWidth>(reference));
+    exponentials = warp_sum<kWidth>(exponentials);
+    if (with_coefficients) {
+      coefficients = warp_sum<kWidth>(coefficients);
+      weighted = warp_sum<kWidth>(weighted);
     }
-    refer_to(top);
-    for (int distance = width >> 1; distance > 0; distance >>= 1) {
-      exponentials += from_lane(exponentials, distance);
-      if (with_coefficients) {
-        coefficients += from_lane(coefficients, distance);
-        weighted += from_lane(weighted, distance);
-      }
-      if (with_entropy) entropy += from_lane(entropy, distance);
-    }
+    if (with_entropy) entropy = warp_sum<kWidth>(entropy);
   }
 };
 
@@ -130,10 +142,10 @@ __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p,
   RowTarget<Real> target{-1, Real(0), Real(1), true};
   if (!p.has_probabilities) {
     int64_t label = load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
-    if (label == p.ignore_index) return {label, Real(0), Real(0), false};
+    if (label == p.ignore_index) return {-1, Real(0), Real(0), false};
     if (static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes)) {
       target.label = label;
-      target.weight = static_cast<Real>(p.keep);
+      target.weight = constants<Real>(p).keep;
       if (p.weight.data != nullptr) {
         target.weight *= load<Real>(p.weight, label * p.weight_stride);
       }
@@ -151,20 +163,17 @@ __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p,
 template <class Real>
 struct RowResult {
   Real loss, log_sum, lse, entropy;
-  Real inverse;  // 1 / sums.exponentials
 };
 
 // `label_logit` is l_y, or anything where the row has no valid label.
-template <class Real, Precision kPrecision>
+template <class Real>
 __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
                                                       const RowTarget<Real>& target,
-                                                      const RowSums<Real, kPrecision>& sums,
-                                                      Real label_logit) {
+                                                      const RowSums<Real>& sums, Real label_logit) {
   RowResult<Real> result;
   result.log_sum = math::log(sums.exponentials);
   result.lse = sums.reference + result.log_sum;
-  result.inverse = math::reciprocal(sums.exponentials);
-  result.entropy = result.log_sum - sums.entropy * result.inverse;
+  result.entropy = result.log_sum - sums.entropy * math::reciprocal(sums.exponentials);
   Real loss = 0;
   if (!p.has_probabilities) {
     loss = target.weight * (result.log_sum - (label_logit - sums.reference));
@@ -172,38 +181,38 @@ __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
   if (p.has_coefficients && p.classes > 0) {
     loss += sums.coefficients * result.log_sum - sums.weighted;
   }
-  if (p.z_loss != 0) loss += static_cast<Real>(p.z_loss) * result.lse * result.lse;
-  // An infinite logit, as in torch: inf - inf.
-  if (result.lse > kGreatest<Real>) loss = result.inverse = quiet_nan<Real>();
+  Real z_loss = constants<Real>(p).z_loss;
+  if (z_loss != 0) loss += z_loss * result.lse * result.lse;
+  if (sums.has_infinity()) loss = quiet_nan<Real>();
   result.loss = target.is_kept ? target.factor * loss : Real(0);
   return result;
 }
 
-template <class Real, Precision kPrecision>
+template <class Real>
 __device__ __forceinline__ RowGradient<Real> row_gradient(const SoftmaxCeParams& p, int64_t row,
                                                           const RowTarget<Real>& target,
-                                                          const RowSums<Real, kPrecision>& sums,
-                                                          const RowResult<Real>& result,
-                                                          Real scale) {
+                                                          const RowSums<Real>& sums, Real scale) {
   Real factor = target.factor * scale;
   if (p.is_backward) {
     factor *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
   }
+  Real z_loss = constants<Real>(p).z_loss;
+  Real log_sum = 0;
+  if (z_loss != 0 || p.grad_entropy.data != nullptr) log_sum = math::log(sums.exponentials);
   RowGradient<Real> gradient{};
   if (target.is_kept) {
     Real total = sums.coefficients + target.weight;
-    if (p.z_loss != 0) total += 2 * static_cast<Real>(p.z_loss) * result.lse;
+    if (z_loss != 0) total += 2 * z_loss * (sums.reference + log_sum);
     gradient.exponential = factor * total;
     gradient.coefficient = factor;
     gradient.label = factor * target.weight;
   }
-  if (p.grad_lse.data != nullptr) {
-    gradient.exponential += load<Real>(p.grad_lse, p.rows, row);
-  }
-  gradient.exponential *= result.inverse;
+  if (p.grad_lse.data != nullptr) gradient.exponential += load<Real>(p.grad_lse, p.rows, row);
+  Real inverse = sums.has_infinity() ? quiet_nan<Real>() : math::reciprocal(sums.exponentials);
+  gradient.exponential *= inverse;
   if (p.grad_entropy.data != nullptr) {
-    gradient.entropy = -load<Real>(p.grad_entropy, p.rows, row) * result.inverse;
-    gradient.shift = result.entropy - result.log_sum;
+    gradient.entropy = -load<Real>(p.grad_entropy, p.rows, row) * inverse;
+    gradient.shift = -sums.entropy * inverse;  // the entropy without log_sum
   }
   return gradient;
 }
@@ -216,15 +225,65 @@ __device__ __forceinline__ void store_result(const SoftmaxCeParams& p, int64_t r
   if (p.entropy.data != nullptr) store(p.entropy, p.rows, row, result.entropy);
 }
 
-// The mean's denominator; 1 for a sum.
-__device__ __forceinline__ double load_denominator(const SoftmaxCeParams& p) {
-  if (p.sums_weights) {
-    double mine = 0;
-    for (int i = threadIdx.x; i < p.weight_blocks; i += kThreads) mine += p.workspace.weights[i];
-    return block_sum<double>(mine);
+// Threads that share a row.
+enum class Scope { kWarp, kBlock, kCluster };
+constexpr int kMostBlocks = 8;  // of a cluster; more are not portable
+
+// How the sums of a row's threads come together: those of a warp by shuffles; the warps', and then
+// the blocks' of a cluster, through shared memory and shuffles again. Rows alternate between two
+// buffers, so that one barrier a row is enough.
+template <class Sums>
+struct Exchange {
+  Sums warps[2][kWarps];
+  Sums blocks[2];
+};
+
+template <Scope kScope, class Sums>
+__device__ __forceinline__ void combine(Sums& sums, Exchange<Sums>& exchange, int parity,
+                                        bool with_coefficients) {
+  sums.template combine<32>(with_coefficients, false);
+  if constexpr (kScope == Scope::kWarp) {
+    __syncwarp();  // a lane has read the label's logit, which another may overwrite
+  } else {
+    if (threadIdx.x % 32 == 0) exchange.warps[parity][threadIdx.x / 32] = sums;
+    __syncthreads();
+    sums = exchange.warps[parity][threadIdx.x % kWarps];
+    sums.template combine<kWarps>(with_coefficients, false);
   }
-  if (p.normalizer.data != nullptr) return load<double>(p.normalizer, 0);
-  return p.denominator;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kScope == Scope::kCluster) {
+    auto cluster = cooperative_groups::this_cluster();
+    if (threadIdx.x == 0) exchange.blocks[parity] = sums;
+    cluster.sync();
+    // Ranks past the last hold nothing.
+    unsigned rank = threadIdx.x % kMostBlocks, blocks = cluster.num_blocks();
+    sums = Sums::none();
+    if (rank < blocks) sums = *cluster.map_shared_rank(&exchange.blocks[parity], rank);
+    sums.template combine<kMostBlocks>(with_coefficients, false);
+  }
+#endif
+}
+
+struct Scale {
+  double denominator;  // of the mean; 1 for a sum
+  double inverse;      // what each gradient is multiplied by
+};
+
+__device__ __forceinline__ Scale load_scale(const SoftmaxCeParams& p) {
+  __shared__ Scale scale;
+  if (threadIdx.x < 32) {
+    double denominator = p.denominator;
+    if (p.sums_weights) {
+      double mine = 0;
+      for (int i = threadIdx.x; i < p.weight_blocks; i += 32) mine += p.workspace.weights[i];
+      denominator = warp_sum(mine);
+    } else if (p.normalizer.data != nullptr) {
+      denominator = load<double>(p.normalizer, 0);
+    }
+    if (threadIdx.x == 0) scale = {denominator, inverse_of(denominator, p.zero_on_empty)};
+  }
+  __syncthreads();
+  return scale;
 }
 
 }  // namespace fused_ce
