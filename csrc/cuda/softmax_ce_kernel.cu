@@ -13,23 +13,30 @@ namespace {
 
 // Resets the ticket, and sums the weights of the labels that are not ignored where a mean needs
 // that.
+template <bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ SoftmaxCeParams p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.workspace.ticket = 0;
   if (!p.sums_weights) return;
   double weights = 0;
+  int kept = 0;
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+#pragma unroll 4
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < p.rows.numel;
        row += step) {
-    int64_t label = load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
-    if (label == p.ignore_index) continue;
-    if (p.weight.data == nullptr) {
-      weights += 1;
-    } else if (static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes)) {
-      weights += load<double>(p.weight, label * p.weight_stride);
+    if constexpr (kPlain) {
+      kept += static_cast<const int64_t*>(p.target.data)[row] != p.ignore_index;
+    } else {
+      int64_t label = load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
+      if (label == p.ignore_index) continue;
+      if (p.weight.data == nullptr) {
+        ++kept;
+      } else if (static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes)) {
+        weights += load<double>(p.weight, label * p.weight_stride);
+      }
     }
   }
-  double sum = block_sum<double>(weights);
+  double sum = block_sum<double>(weights + kept);
   if (threadIdx.x == 0) p.workspace.weights[blockIdx.x] = sum;
 }
 
@@ -168,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (p.gradient.data == nullptr) continue;
     RowGradient<Real> g{};
+    reads = reads && has_gradient(p, target);
     if (reads) g = row_gradient(p, row, target, sums, scale);
     TypedPointer to{p.gradient.data, p.gradient.dtype};
 #pragma unroll 1
@@ -335,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           for (int i = 0; i < kCount; ++i) reinterpret_cast<T*>(to + v)[i] = vector.values[i];
         }
       };
-      if (!reads) {
+      if (!reads || !has_gradient(p, target)) {
         if (single >= 0) dx[single] = from_real<T>(0.0f);
         for (int v = lane; v < vectors; v += kGroup) {
           if (aligned) {
@@ -394,6 +402,219 @@ __global__ void __launch_bounds__(kThreads, 4)
 #endif
 }
 
+// A few classes, dense in memory from row to row: blocks copy rows to shared memory and gradients
+// back in vectors of 16 bytes, and kGroup lanes take a row in between, each up to kPerLane of its
+// classes, which stay in registers.
+
+template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane>
+__global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
+    few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
+  constexpr int kCount = 16 / sizeof(T);
+  constexpr int kVectors = kPerLane / kCount;  // that a thread copies
+  using Vector = Group<T, kCount>;
+  __shared__ alignas(16) T tile[kThreads * kPerLane];
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+  const float share = kPlain ? 0.0f : p.in_float.share;
+  const int classes = static_cast<int>(p.classes);
+  constexpr int kRows = kThreads / kGroup;
+  const int lane = threadIdx.x % kGroup;
+  T* const mine = tile + threadIdx.x / kGroup * classes + lane;  // every kGroup-th is this lane's
+  float loss = 0;
+
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.rows.numel;
+       first += static_cast<int64_t>(gridDim.x) * kRows) {
+    int64_t left = p.rows.numel - first;
+    const int count = (left < kRows ? static_cast<int>(left) : kRows) * classes;
+    const int vectors = aligned ? count / kCount : 0;
+    {
+      const T* x = static_cast<const T*>(p.input.data) + first * classes;
+      Vector raw[kVectors];
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        int v = threadIdx.x + i * kThreads;
+        if (v < vectors) raw[i] = reinterpret_cast<const Vector*>(x)[v];
+      }
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        int v = threadIdx.x + i * kThreads;
+        if (v < vectors) reinterpret_cast<Vector*>(tile)[v] = raw[i];
+      }
+      for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
+    }
+    __syncthreads();
+
+    int64_t row = first + threadIdx.x / kGroup;
+    RowTarget<float> target{-1, 0, 0, false};
+    if (row < p.rows.numel) target = load_target<float, kPlain>(p, row);
+    const int label = static_cast<int>(target.label);
+    bool reads = row < p.rows.numel && (target.is_kept || (!kPlain && p.reads_all));
+    const int end = (reads ? classes : 0) - lane;
+    float e[kPerLane];  // first the logits
+    float top = -kGreatest<float>;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i * kGroup >= end) break;
+      e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
+      top = fmaxf(top, e[i]);
+    }
+    RowSums<float> sums = RowSums<float>::none();
+    sums.reference = fminf(warp_max<kGroup>(top), kGreatest<float>);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i * kGroup >= end) break;
+      e[i] -= sums.reference;
+      if (!kPlain && p.has_coefficients) sums.weighted += e[i];
+      e[i] = math::exp_shifted<Precision::kFull>(e[i]);
+      sums.exponentials += e[i];
+    }
+    sums.exponentials = warp_sum<kGroup>(sums.exponentials);
+    if (!kPlain && p.has_coefficients) {
+      sums.weighted = share * warp_sum<kGroup>(sums.weighted);
+      sums.coefficients = share * static_cast<float>(classes);
+    }
+    float label_logit = 0;
+    if (reads && label >= 0) label_logit = to_real<float>(mine[label - lane]) * logit_scale;
+    if (lane == 0 && row < p.rows.numel) {
+      RowResult<float> result{};
+      if (reads) result = row_result<kPlain>(p, target, sums, label_logit);
+      loss += result.loss;
+      if constexpr (!kPlain) store_result(p, row, result);
+    }
+
+    if constexpr (kGradient) {
+      __syncwarp();  // all lanes have read the label's logit
+      RowGradient<float> g{};
+      reads = reads && has_gradient<kPlain>(p, target);
+      if (reads) g = row_gradient<kPlain>(p, row, target, sums, scale);
+      const float factor = g.exponential * logit_scale;
+      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+      // A row that does not exist has a place in the tile, too.
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i * kGroup >= classes - lane) break;
+        mine[i * kGroup] = from_real<T>(reads ? fmaf(e[i], factor, shift) : 0.0f);
+      }
+      if (reads && label >= 0 && label % kGroup == lane) {
+        float label_e = math::exp_shifted<Precision::kFull>(label_logit - sums.reference);
+        mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+      }
+      __syncthreads();
+      T* dx = static_cast<T*>(p.gradient.data) + first * classes;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        int v = threadIdx.x + i * kThreads;
+        if (v < vectors) {
+          reinterpret_cast<Vector*>(dx)[v] = reinterpret_cast<const Vector*>(tile)[v];
+        }
+      }
+      for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
+    }
+    __syncthreads();  // the tile may be overwritten
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
+// Two classes, dense in memory: binary cross entropy of the distance of the logits, one exponential
+// a row. The two gradients are equal but for the sign, without a cancellation. A thread takes the
+// rows of one vector.
+template <class T, bool kGradient, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 4)
+    pair_kernel(const __grid_constant__ SoftmaxCeParams p) {
+  constexpr int kRows = 8 / sizeof(T);
+  using Vector = Group<T, 2 * kRows>;
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  float loss = 0;
+
+  // The gradients take the place of the logits.
+  auto evaluate = [&](int64_t row, float& x0, float& x1) {
+    RowTarget<float> target = load_target<float, kPlain>(p, row);
+    RowResult<float> result{};
+    float g0 = 0, g1 = 0;
+    if (target.is_kept || (!kPlain && p.reads_all)) {
+      const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+      float l0 = x0 * logit_scale, l1 = x1 * logit_scale;
+      float top = fmaxf(l0, l1);
+      bool is_second = target.label == 1;
+      float margin = is_second ? l0 - l1 : l1 - l0;  // of the other class over the label's
+      if (top > kGreatest<float>) margin = quiet_nan<float>();
+      float distance = fabsf(margin);
+      float e = math::exp_shifted<Precision::kFull>(-distance);
+      float log_sum = math::log1p_unit<Precision::kFull>(e);
+      float upper = math::reciprocal(1 + e);
+      float other = margin >= 0 ? upper : e * upper;  // the other class's probability
+      result.loss = target.weight * (fmaxf(margin, 0.0f) + log_sum);
+      if (margin != margin) result.loss = margin;
+      float g = target.weight * other;
+      float factor = target.factor * scale * logit_scale;
+      if constexpr (!kPlain) {
+        const float share = p.in_float.share, z_loss = p.in_float.z_loss;
+        float difference = (1 - e) * upper;
+        if (p.has_coefficients) {
+          result.loss += share * (distance + 2 * log_sum);
+          g += share * (margin >= 0 ? difference : -difference);
+        }
+        result.log_sum = log_sum;
+        result.lse = fabsf(top) > kGreatest<float> && l0 == l0 && l1 == l1 ? top : top + log_sum;
+        if (z_loss != 0) result.loss += z_loss * result.lse * result.lse;
+        result.loss = target.is_kept ? target.factor * result.loss : 0.0f;
+        if (p.is_backward) {
+          factor *= p.grad_loss.data != nullptr ? load<float>(p.grad_loss, p.rows, row) : 0.0f;
+        }
+      }
+      if (kGradient && has_gradient<kPlain>(p, target)) {
+        g = target.is_kept ? g * factor : 0.0f;
+        g0 = is_second ? g : -g;
+        g1 = -g0;
+        if constexpr (!kPlain) {
+          float common = target.is_kept ? 2 * p.in_float.z_loss * result.lse * factor : 0.0f;
+          if (p.in_float.z_loss == 0) common = 0;
+          if (p.grad_lse.data != nullptr) {
+            common += load<float>(p.grad_lse, p.rows, row) * logit_scale;
+          }
+          if (common != 0) {
+            g0 = fmaf(common, l0 >= l1 ? upper : e * upper, g0);
+            g1 = fmaf(common, l0 >= l1 ? e * upper : upper, g1);
+          }
+        }
+      }
+    }
+    loss += result.loss;
+    if constexpr (!kPlain) store_result(p, row, result);
+    x0 = g0;
+    x1 = g1;
+  };
+
+  int64_t vectors = p.rows.numel / kRows;
+  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t v = at; v < vectors; v += step) {
+    Vector raw = static_cast<const Vector*>(p.input.data)[v];
+    float values[2 * kRows];
+    unpack(raw, values);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
+    if constexpr (kGradient) {
+      pack(values, raw);
+      static_cast<Vector*>(p.gradient.data)[v] = raw;
+    }
+  }
+  int64_t row = vectors * kRows + at;
+  if (row < p.rows.numel) {
+    const T* x = static_cast<const T*>(p.input.data) + 2 * row;
+    float x0 = to_real<float>(x[0]), x1 = to_real<float>(x[1]);
+    evaluate(row, x0, x1);
+    if constexpr (kGradient) {
+      T* dx = static_cast<T*>(p.gradient.data) + 2 * row;
+      dx[0] = from_real<T>(x0);
+      dx[1] = from_real<T>(x1);
+    }
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
 SoftmaxCeWorkspace carve(void* memory, const SoftmaxCePlan& plan) {
   auto* sums = static_cast<double*>(memory);
   auto* weights = sums + plan.blocks;
@@ -412,7 +633,17 @@ constexpr int kReservedBytes = 2 * 1024;  // of a block's shared memory: static,
 
 int size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Whether `row_kernel` does it.
+// Whether a row begins where the one before it ends.
+bool is_packed(const SoftmaxCeArguments& a) {
+  return a.rows.rank == 1 && a.input.strides[0] == a.classes &&
+         (!a.gradient || a.gradient.strides[0] == a.classes);
+}
+
+bool is_aligned(const Operand& operand) {
+  return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
+}
+
+// Whether the logits are such as all but `general_kernel` take.
 bool is_dense(const SoftmaxCeArguments& a) {
   bool dense_gradient =
       !a.gradient || (a.gradient.class_stride == 1 && a.gradient.dtype == a.input.dtype);
@@ -458,9 +689,37 @@ void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream
   }
 }
 
+template <class T, bool kGradient, bool kPlain>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  if (plan.kernel == SoftmaxCePlan::kPair) {
+    pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
+  } else if (plan.group == 1) {
+    few_kernel<T, kGradient, kPlain, 1, 16><<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+  } else {
+    few_kernel<T, kGradient, kPlain, 4, 32><<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+  }
+}
+
+template <class T, bool kGradient>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  bool plain = !p.has_coefficients && !p.is_backward && !p.reads_all && !p.weight.data &&
+               !p.sample_weight.data && !p.loss.data && p.in_float.z_loss == 0 &&
+               p.in_float.logit_scale == 1 && p.in_float.keep == 1 &&
+               p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat;
+  if (plain) {
+    launch_few<T, kGradient, true>(p, plan, stream);
+  } else {
+    launch_few<T, kGradient, false>(p, plan, stream);
+  }
+}
+
 template <class T>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   switch (plan.kernel) {
+    case SoftmaxCePlan::kPair:
+    case SoftmaxCePlan::kFew:
+      return p.gradient.data != nullptr ? launch_few<T, true>(p, plan, stream)
+                                        : launch_few<T, false>(p, plan, stream);
     case SoftmaxCePlan::kWarp:
       return launch_rows<T, Scope::kWarp>(p, plan, stream);
     case SoftmaxCePlan::kBlock:
@@ -480,7 +739,15 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     // A row takes so many vectors at most, whatever its alignment.
     int64_t vectors = a.classes * size_of(a.input.dtype) / 16;
     int64_t bytes = vectors * 16;
-    if (bytes <= kWarpRowBytes) {
+    bool packed = is_packed(a);
+    plan.aligned = is_aligned(a.input) && (!a.gradient || is_aligned(a.gradient));
+    if (packed && plan.aligned && a.classes == 2) {
+      plan.kernel = SoftmaxCePlan::kPair;
+      plan.group = 1;
+    } else if (packed && a.classes <= 128) {
+      plan.kernel = SoftmaxCePlan::kFew;
+      plan.group = a.classes <= 16 ? 1 : 4;
+    } else if (bytes <= kWarpRowBytes) {
       plan.kernel = SoftmaxCePlan::kWarp;
       plan.group = 32;
     } else {
@@ -496,13 +763,15 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
       }
     }
     int groups = kThreads / plan.group;
+    bool keeps = plan.kernel >= SoftmaxCePlan::kWarp;
     int64_t kept = (vectors + plan.cluster - 1) / plan.cluster + (vectors == 0);
-    if (a.gradient && kept * groups * 16 <= device.shared_memory - kReservedBytes) {
+    if (a.gradient && keeps && kept * groups * 16 <= device.shared_memory - kReservedBytes) {
       plan.kept_vectors = static_cast<int>(kept);
       plan.shared_bytes = plan.kept_vectors * groups * 16;
     }
     int resident = device.multiprocessor_shared_memory / (plan.shared_bytes + kReservedBytes);
     if (resident > 4) resident = 4;
+    if (plan.kernel == SoftmaxCePlan::kPair) groups *= 4;
     if (resident < 1) resident = 1;
     plan.blocks =
         at_most((rows + groups - 1) / groups, device.multiprocessors * resident / plan.cluster) *
@@ -576,7 +845,12 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
                                       : static_cast<double>(a.rows.numel);
 
   if (plan.workspace_bytes > 0) {
-    prepare_kernel<<<plan.weight_blocks, kThreads, 0, stream>>>(p);
+    if (p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat &&
+        p.weight.data == nullptr) {
+      prepare_kernel<true><<<plan.weight_blocks, kThreads, 0, stream>>>(p);
+    } else {
+      prepare_kernel<false><<<plan.weight_blocks, kThreads, 0, stream>>>(p);
+    }
   }
   if (a.rows.numel == 0 && !reduces(a)) return;
   if (plan.kernel != SoftmaxCePlan::kGeneral) {

@@ -48,9 +48,10 @@ struct SoftmaxCeParams {
 };
 
 struct SoftmaxCePlan {
-  enum Kernel { kGeneral, kWarp, kBlock, kCluster };
+  enum Kernel { kGeneral, kPair, kFew, kWarp, kBlock, kCluster };
   Kernel kernel;
   int group;         // threads a row, of a warp or the block
+  bool aligned;      // whether logits and gradient begin at a multiple of 16 bytes
   int cluster;       // blocks a row
   int kept_vectors;  // of 16 bytes that a row's threads in a block keep in shared memory
   int shared_bytes;  // of a block

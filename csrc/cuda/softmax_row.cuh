@@ -110,7 +110,7 @@ template <class Real>
 struct RowTarget {
   int64_t label;  // -1 where there is none to read a logit of
   Real weight;    // of the label's term: keep w_y; NaN for a bad label
-  Real factor;    // of the loss: sample_weight, 0 for an ignored row
+  Real factor;    // of the loss: sample_weight
   bool is_kept;
 };
 
@@ -137,27 +137,38 @@ __device__ __forceinline__ int64_t load_label(const void* labels,  // [*rows]
   }
 }
 
-template <class Real>
+// With kPlain, here and below, there are but int64 labels and the reduced loss: no weights,
+// smoothing, scale, statistics or gradient from above. On rows of a few classes the checks for
+// these would cost as much as the arithmetic.
+template <class Real, bool kPlain = false>
 __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p, int64_t row) {
   RowTarget<Real> target{-1, Real(0), Real(1), true};
-  if (!p.has_probabilities) {
-    int64_t label = load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
-    if (label == p.ignore_index) return {-1, Real(0), Real(0), false};
-    if (static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes)) {
-      target.label = label;
-      target.weight = constants<Real>(p).keep;
-      if (p.weight.data != nullptr) {
-        target.weight *= load<Real>(p.weight, label * p.weight_stride);
-      }
-    } else {
-      target.weight = quiet_nan<Real>();
-      if (p.report != nullptr) {
-        write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
-      }
+  if (kPlain || !p.has_probabilities) {
+    int64_t label =
+        kPlain ? static_cast<const int64_t*>(p.target.data)[row]
+               : load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
+    target.is_kept = label != p.ignore_index;
+    bool is_valid = static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes);
+    target.label = is_valid && target.is_kept ? label : -1;
+    target.weight = is_valid ? (kPlain ? Real(1) : constants<Real>(p).keep) : quiet_nan<Real>();
+    if (!target.is_kept) return target;
+    if (!is_valid) write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
+    if (!kPlain && p.weight.data != nullptr && is_valid) {
+      target.weight *= load<Real>(p.weight, label * p.weight_stride);
     }
   }
-  if (p.sample_weight.data != nullptr) target.factor = load<Real>(p.sample_weight, p.rows, row);
+  if (!kPlain && p.sample_weight.data != nullptr) {
+    target.factor = load<Real>(p.sample_weight, p.rows, row);
+  }
   return target;
+}
+
+// That of an ignored row is zero, whatever the row holds, where no statistic's flows into it.
+template <bool kPlain = false, class Real>
+__device__ __forceinline__ bool has_gradient(const SoftmaxCeParams& p,
+                                             const RowTarget<Real>& target) {
+  if (kPlain) return target.is_kept;
+  return target.is_kept || (p.is_backward && p.reads_all);
 }
 
 template <class Real>
@@ -166,7 +177,7 @@ struct RowResult {
 };
 
 // `label_logit` is l_y, or anything where the row has no valid label.
-template <class Real>
+template <bool kPlain = false, class Real>
 __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
                                                       const RowTarget<Real>& target,
                                                       const RowSums<Real>& sums, Real label_logit) {
@@ -175,30 +186,31 @@ __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
   result.lse = sums.reference + result.log_sum;
   result.entropy = result.log_sum - sums.entropy * math::reciprocal(sums.exponentials);
   Real loss = 0;
-  if (!p.has_probabilities) {
+  if (kPlain || !p.has_probabilities) {
     loss = target.weight * (result.log_sum - (label_logit - sums.reference));
   }
-  if (p.has_coefficients && p.classes > 0) {
+  if (!kPlain && p.has_coefficients && p.classes > 0) {
     loss += sums.coefficients * result.log_sum - sums.weighted;
   }
-  Real z_loss = constants<Real>(p).z_loss;
+  Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
   if (z_loss != 0) loss += z_loss * result.lse * result.lse;
   if (sums.has_infinity()) loss = quiet_nan<Real>();
   result.loss = target.is_kept ? target.factor * loss : Real(0);
   return result;
 }
 
-template <class Real>
+template <bool kPlain = false, class Real>
 __device__ __forceinline__ RowGradient<Real> row_gradient(const SoftmaxCeParams& p, int64_t row,
                                                           const RowTarget<Real>& target,
                                                           const RowSums<Real>& sums, Real scale) {
   Real factor = target.factor * scale;
-  if (p.is_backward) {
+  if (!kPlain && p.is_backward) {
     factor *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
   }
-  Real z_loss = constants<Real>(p).z_loss;
+  Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
   Real log_sum = 0;
-  if (z_loss != 0 || p.grad_entropy.data != nullptr) log_sum = math::log(sums.exponentials);
+  if (z_loss != 0 || (!kPlain && p.grad_entropy.data != nullptr))
+    log_sum = math::log(sums.exponentials);
   RowGradient<Real> gradient{};
   if (target.is_kept) {
     Real total = sums.coefficients + target.weight;
@@ -207,10 +219,11 @@ __device__ __forceinline__ RowGradient<Real> row_gradient(const SoftmaxCeParams&
     gradient.coefficient = factor;
     gradient.label = factor * target.weight;
   }
-  if (p.grad_lse.data != nullptr) gradient.exponential += load<Real>(p.grad_lse, p.rows, row);
+  if (!kPlain && p.grad_lse.data != nullptr)
+    gradient.exponential += load<Real>(p.grad_lse, p.rows, row);
   Real inverse = sums.has_infinity() ? quiet_nan<Real>() : math::reciprocal(sums.exponentials);
   gradient.exponential *= inverse;
-  if (p.grad_entropy.data != nullptr) {
+  if (!kPlain && p.grad_entropy.data != nullptr) {
     gradient.entropy = -load<Real>(p.grad_entropy, p.rows, row) * inverse;
     gradient.shift = -sums.entropy * inverse;  // the entropy without log_sum
   }
