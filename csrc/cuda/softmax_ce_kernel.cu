@@ -21,12 +21,21 @@ __global__ void __launch_bounds__(kThreads)
   double weights = 0;
   int kept = 0;
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-#pragma unroll 4
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < p.rows.numel;
-       row += step) {
-    if constexpr (kPlain) {
-      kept += static_cast<const int64_t*>(p.target.data)[row] != p.ignore_index;
-    } else {
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if constexpr (kPlain) {
+    constexpr int kBatch = 8;
+    const int64_t* labels = static_cast<const int64_t*>(p.target.data);
+    auto count = [&](int64_t label) { kept += label != p.ignore_index; };
+    int64_t at = static_cast<int64_t>(blockIdx.x) * kBatch * kThreads + threadIdx.x;
+    int64_t batches = p.rows.numel / (kBatch * kThreads);
+    for (int64_t batch = blockIdx.x; batch < batches; batch += gridDim.x) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) count(labels[at + i * kThreads]);
+      at += kBatch * step;
+    }
+    for (row += batches * kBatch * kThreads; row < p.rows.numel; row += step) count(labels[row]);
+  } else {
+    for (; row < p.rows.numel; row += step) {
       int64_t label = load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
       if (label == p.ignore_index) continue;
       if (p.weight.data == nullptr) {
@@ -283,22 +292,6 @@ __global__ void __launch_bounds__(kThreads, 4)
 
     Sums sums = Sums::none();
     float label_logit = 0, single_logit = 0;
-    auto add = [&]<int kN>(const float (&logits)[kN]) {
-      float top = logits[0];
-#pragma unroll
-      for (int i = 1; i < kN; ++i) top = fmaxf(top, logits[i]);
-      sums.admit(top * logit_scale);
-      float shifted[kN];
-#pragma unroll
-      for (int i = 0; i < kN; ++i) shifted[i] = fmaf(logits[i], logit_scale, -sums.reference);
-      if (p.has_coefficients) {
-        sums.coefficients += kN;
-#pragma unroll
-        for (int i = 0; i < kN; ++i) sums.weighted += shifted[i];
-      }
-#pragma unroll
-      for (int i = 0; i < kN; ++i) sums.exponentials += Sums::exponential(shifted[i]);
-    };
     auto read = [&]<int kN>(int v) {
       Vector raw[kN];
       float logits[kN * kCount];
@@ -309,13 +302,13 @@ __global__ void __launch_bounds__(kThreads, 4)
         if constexpr (kPass == Pass::kKept) kept[v + i * kGroup] = raw[i];
         unpack(raw[i], reinterpret_cast<float (&)[kCount]>(logits[i * kCount]));
       }
-      add(logits);
+      sums.add(logits, logit_scale, p.has_coefficients);
     };
     if (reads) {
       if (target.is_kept && label >= 0) label_logit = to_real<float>(x[label]);
       if (single >= 0) {
         single_logit = to_real<float>(x[single]);
-        add(reinterpret_cast<float (&)[1]>(single_logit));
+        sums.add(reinterpret_cast<float (&)[1]>(single_logit), logit_scale, p.has_coefficients);
       }
       for_vectors<2, kGroup>(lane, vectors, read);
       combine<kScope>(sums, exchange, parity, p.has_coefficients);
@@ -400,6 +393,84 @@ __global__ void __launch_bounds__(kThreads, 4)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
 #endif
+}
+
+// Classes that lie apart: a thread takes a row, and its neighbours' rows lie beside it. The second
+// read, for the gradient, comes from cache.
+template <class T, bool kGradient>
+__global__ void __launch_bounds__(kThreads, 4)
+    spread_kernel(const __grid_constant__ SoftmaxCeParams p) {
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  const float logit_scale = p.in_float.logit_scale;
+  const float share = p.in_float.share;
+  float loss = 0;
+
+  // Calls f<8>, f<4> or f<1> for successive classes.
+  auto for_classes = [&](const auto& f) {
+    int64_t c = 0;
+#pragma unroll 1
+    for (; c + 8 <= p.classes; c += 8) f.template operator()<8>(c);
+    if (c + 4 <= p.classes) f.template operator()<4>(c), c += 4;
+#pragma unroll 1
+    for (; c < p.classes; ++c) f.template operator()<1>(c);
+  };
+
+  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < p.rows.numel;
+       row += step) {
+    RowTarget<float> target = load_target<float>(p, row);
+    bool reads = target.is_kept || p.reads_all;
+    const T* x = static_cast<const T*>(p.input.data) + offset_of(p.input, p.rows, row);
+    RowSums<float> sums = RowSums<float>::none();
+    RowResult<float> result{};
+    float label_logit = 0;
+    if (reads) {
+      for_classes([&]<int kN>(int64_t c) {
+        float logits[kN];
+#pragma unroll
+        for (int i = 0; i < kN; ++i) logits[i] = to_real<float>(x[(c + i) * p.input_stride]);
+        sums.add(logits, logit_scale, p.has_coefficients);
+      });
+      sums.coefficients *= share;
+      sums.weighted *= share;
+      if (target.label >= 0) {
+        label_logit = to_real<float>(x[target.label * p.input_stride]) * logit_scale;
+      }
+      result = row_result(p, target, sums, label_logit);
+    }
+    loss += result.loss;
+    store_result(p, row, result);
+
+    if constexpr (kGradient) {
+      T* dx = static_cast<T*>(p.gradient.data) + offset_of(p.gradient, p.rows, row);
+      if (!reads || !has_gradient(p, target)) {
+        for (int64_t c = 0; c < p.classes; ++c) dx[c * p.gradient_stride] = from_real<T>(0.0f);
+        continue;
+      }
+      RowGradient<float> g = row_gradient(p, row, target, sums, scale);
+      const float factor = g.exponential * logit_scale;
+      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+      for_classes([&]<int kN>(int64_t c) {
+        float values[kN];
+#pragma unroll
+        for (int i = 0; i < kN; ++i) values[i] = to_real<float>(x[(c + i) * p.input_stride]);
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          float shifted = fmaf(values[i], logit_scale, -sums.reference);
+          dx[(c + i) * p.gradient_stride] =
+              from_real<T>(fmaf(math::exp_shifted<kPrecision>(shifted), factor, shift));
+        }
+      });
+      if (target.label >= 0) {
+        float e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
+        dx[target.label * p.gradient_stride] =
+            from_real<T>(fmaf(e, factor, shift) - g.label * logit_scale);
+      }
+    }
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
 }
 
 // A few classes, dense in memory from row to row: blocks copy rows to shared memory and gradients
@@ -528,63 +599,95 @@ __global__ void __launch_bounds__(kThreads, 4)
   const float scale = static_cast<float>(factors.inverse);
   float loss = 0;
 
+  struct Pair {
+    float e, upper;  // of the two probabilities, upper and e * upper, the larger
+    float log_sum;   // log(1 + e)
+    float loss;      // of the label
+    float other;     // the probability of the other class
+  };
+  // `margin` is that of the other class over the label's.
+  auto pair_of = [](float margin) {
+    Pair r;
+    r.e = math::exp_shifted<Precision::kFull>(-fabsf(margin));
+    r.upper = math::reciprocal(1 + r.e);
+    r.log_sum = math::log1p_unit<Precision::kFull>(r.e);
+    r.loss = fmaxf(margin, 0.0f) + r.log_sum;
+    r.other = (margin >= 0 ? 1.0f : r.e) * r.upper;
+    return r;
+  };
   // The gradients take the place of the logits.
   auto evaluate = [&](int64_t row, float& x0, float& x1) {
-    RowTarget<float> target = load_target<float, kPlain>(p, row);
+    RowTarget<float> target = load_target<float>(p, row);
     RowResult<float> result{};
     float g0 = 0, g1 = 0;
-    if (target.is_kept || (!kPlain && p.reads_all)) {
-      const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+    if (target.is_kept || p.reads_all) {
+      const float logit_scale = p.in_float.logit_scale, share = p.in_float.share;
+      const float z_loss = p.in_float.z_loss;
       float l0 = x0 * logit_scale, l1 = x1 * logit_scale;
+      float margin = target.label == 1 ? l0 - l1 : l1 - l0;
+      // An infinite logit makes the row NaN, as in torch, unless it is the smaller one.
       float top = fmaxf(l0, l1);
-      bool is_second = target.label == 1;
-      float margin = is_second ? l0 - l1 : l1 - l0;  // of the other class over the label's
-      if (top > kGreatest<float>) margin = quiet_nan<float>();
-      float distance = fabsf(margin);
-      float e = math::exp_shifted<Precision::kFull>(-distance);
-      float log_sum = math::log1p_unit<Precision::kFull>(e);
-      float upper = math::reciprocal(1 + e);
-      float other = margin >= 0 ? upper : e * upper;  // the other class's probability
-      result.loss = target.weight * (fmaxf(margin, 0.0f) + log_sum);
-      if (margin != margin) result.loss = margin;
-      float g = target.weight * other;
-      float factor = target.factor * scale * logit_scale;
-      if constexpr (!kPlain) {
-        const float share = p.in_float.share, z_loss = p.in_float.z_loss;
-        float difference = (1 - e) * upper;
-        if (p.has_coefficients) {
-          result.loss += share * (distance + 2 * log_sum);
-          g += share * (margin >= 0 ? difference : -difference);
-        }
-        result.log_sum = log_sum;
-        result.lse = fabsf(top) > kGreatest<float> && l0 == l0 && l1 == l1 ? top : top + log_sum;
-        if (z_loss != 0) result.loss += z_loss * result.lse * result.lse;
-        result.loss = target.is_kept ? target.factor * result.loss : 0.0f;
+      Pair r = pair_of(top > kGreatest<float> ? quiet_nan<float>() : margin);
+      result.loss = target.weight * r.loss;
+      float g = target.weight * r.other;
+      if (p.has_coefficients) {
+        float difference = (1 - r.e) * r.upper;
+        result.loss += share * (fabsf(margin) + 2 * r.log_sum);
+        g += share * (margin >= 0 ? difference : -difference);
+      }
+      // Where the larger logit is infinite so is the sum of exponentials.
+      result.lse = fabsf(top) > kGreatest<float> && l0 == l0 && l1 == l1 ? top : top + r.log_sum;
+      if (z_loss != 0) result.loss += z_loss * result.lse * result.lse;
+      result.loss = target.is_kept ? target.factor * result.loss : 0.0f;
+      if (kGradient && has_gradient(p, target)) {
+        float factor = target.is_kept ? target.factor * scale * logit_scale : 0.0f;
         if (p.is_backward) {
           factor *= p.grad_loss.data != nullptr ? load<float>(p.grad_loss, p.rows, row) : 0.0f;
         }
-      }
-      if (kGradient && has_gradient<kPlain>(p, target)) {
+        float common = 2 * z_loss * result.lse * factor;
+        if (z_loss == 0 || !target.is_kept) common = 0;
+        if (p.grad_lse.data != nullptr) {
+          common += load<float>(p.grad_lse, p.rows, row) * logit_scale;
+        }
         g = target.is_kept ? g * factor : 0.0f;
-        g0 = is_second ? g : -g;
-        g1 = -g0;
-        if constexpr (!kPlain) {
-          float common = target.is_kept ? 2 * p.in_float.z_loss * result.lse * factor : 0.0f;
-          if (p.in_float.z_loss == 0) common = 0;
-          if (p.grad_lse.data != nullptr) {
-            common += load<float>(p.grad_lse, p.rows, row) * logit_scale;
-          }
-          if (common != 0) {
-            g0 = fmaf(common, l0 >= l1 ? upper : e * upper, g0);
-            g1 = fmaf(common, l0 >= l1 ? e * upper : upper, g1);
-          }
+        g1 = target.label == 1 ? -g : g;
+        g0 = -g1;
+        if (common != 0) {
+          g0 = fmaf(common, l0 >= l1 ? r.upper : r.e * r.upper, g0);
+          g1 = fmaf(common, l0 >= l1 ? r.e * r.upper : r.upper, g1);
         }
       }
     }
     loss += result.loss;
-    if constexpr (!kPlain) store_result(p, row, result);
+    store_result(p, row, result);
     x0 = g0;
     x1 = g1;
+  };
+
+  // The plain loss of a vector in a straight line. False, having done nothing, where a label is out
+  // of bounds or a logit infinite.
+  auto evaluate_plain = [&](const int64_t* labels, float (&values)[2 * kRows]) {
+    float sum = 0;
+    bool is_rare = false;
+    float gradients[2 * kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int64_t label = labels[i];
+      bool is_kept = label != p.ignore_index, is_second = label == 1;
+      float difference = values[2 * i + 1] - values[2 * i];
+      float margin = is_second ? -difference : difference;
+      is_rare |= static_cast<uint64_t>(label) > 1 && is_kept;
+      is_rare |= fabsf(margin) > kGreatest<float>;
+      Pair r = pair_of(margin);
+      sum += is_kept ? r.loss : 0.0f;
+      gradients[2 * i + 1] = is_kept ? r.other * (is_second ? -scale : scale) : 0.0f;
+      gradients[2 * i] = -gradients[2 * i + 1];
+    }
+    if (is_rare) return false;
+    loss += sum;
+#pragma unroll
+    for (int i = 0; i < 2 * kRows; ++i) values[i] = gradients[i];
+    return true;
   };
 
   int64_t vectors = p.rows.numel / kRows;
@@ -594,8 +697,14 @@ __global__ void __launch_bounds__(kThreads, 4)
     Vector raw = static_cast<const Vector*>(p.input.data)[v];
     float values[2 * kRows];
     unpack(raw, values);
+    bool done = false;
+    if constexpr (kPlain) {
+      done = evaluate_plain(static_cast<const int64_t*>(p.target.data) + v * kRows, values);
+    }
+    if (!done) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
+      for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
+    }
     if constexpr (kGradient) {
       pack(values, raw);
       static_cast<Vector*>(p.gradient.data)[v] = raw;
@@ -644,14 +753,16 @@ bool is_aligned(const Operand& operand) {
 }
 
 // Whether the logits are such as all but `general_kernel` take.
-bool is_dense(const SoftmaxCeArguments& a) {
-  bool dense_gradient =
-      !a.gradient || (a.gradient.class_stride == 1 && a.gradient.dtype == a.input.dtype);
+bool is_simple(const SoftmaxCeArguments& a) {
+  bool same_gradient = !a.gradient || a.gradient.dtype == a.input.dtype;
   bool wants_more = a.entropy || a.grad_entropy || a.prediction || a.correct || a.softcap > 0;
   bool weights_classes = a.weight && a.label_smoothing > 0;
   return !a.in_double && !a.has_probabilities && a.classes > 1 && a.classes < kMostClasses &&
-         a.input.class_stride == 1 && dense_gradient && !wants_more && !weights_classes &&
-         a.logit_scale > 0;
+         same_gradient && !wants_more && !weights_classes && a.logit_scale > 0;
+}
+
+bool is_dense(const SoftmaxCeArguments& a) {
+  return a.input.class_stride == 1 && (!a.gradient || a.gradient.class_stride == 1);
 }
 
 template <class Kernel>
@@ -691,7 +802,9 @@ void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream
 
 template <class T, bool kGradient, bool kPlain>
 void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
-  if (plan.kernel == SoftmaxCePlan::kPair) {
+  if (plan.kernel == SoftmaxCePlan::kSpread) {
+    spread_kernel<T, kGradient><<<plan.blocks, kThreads, 0, stream>>>(p);
+  } else if (plan.kernel == SoftmaxCePlan::kPair) {
     pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
   } else if (plan.group == 1) {
     few_kernel<T, kGradient, kPlain, 1, 16><<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
@@ -716,6 +829,7 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
 template <class T>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   switch (plan.kernel) {
+    case SoftmaxCePlan::kSpread:
     case SoftmaxCePlan::kPair:
     case SoftmaxCePlan::kFew:
       return p.gradient.data != nullptr ? launch_few<T, true>(p, plan, stream)
@@ -735,7 +849,7 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
   SoftmaxCePlan plan{};
   int64_t rows = a.rows.numel;
   plan.cluster = 1;
-  if (is_dense(a)) {
+  if (is_simple(a) && is_dense(a)) {
     // A row takes so many vectors at most, whatever its alignment.
     int64_t vectors = a.classes * size_of(a.input.dtype) / 16;
     int64_t bytes = vectors * 16;
@@ -776,6 +890,10 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     plan.blocks =
         at_most((rows + groups - 1) / groups, device.multiprocessors * resident / plan.cluster) *
         plan.cluster;
+  } else if (is_simple(a) && rows >= 64 * device.multiprocessors) {
+    plan.kernel = SoftmaxCePlan::kSpread;
+    plan.group = 1;
+    plan.blocks = at_most((rows + kThreads - 1) / kThreads, 8 * device.multiprocessors);
   } else {
     plan.kernel = SoftmaxCePlan::kGeneral;
     // Neighbouring threads take neighbouring classes or, where classes lie apart, rows; unless rows

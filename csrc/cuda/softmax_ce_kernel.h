@@ -48,7 +48,7 @@ struct SoftmaxCeParams {
 };
 
 struct SoftmaxCePlan {
-  enum Kernel { kGeneral, kPair, kFew, kWarp, kBlock, kCluster };
+  enum Kernel { kGeneral, kSpread, kPair, kFew, kWarp, kBlock, kCluster };
   Kernel kernel;
   int group;         // threads a row, of a warp or the block
   bool aligned;      // whether logits and gradient begin at a multiple of 16 bytes

@@ -92,6 +92,26 @@ struct RowSums {
     if (top > reference + kSlack) refer_to(top < kGreatest<Real> ? top : kGreatest<Real>);
   }
 
+  // Logits before their scale, with coefficients of 1 if any.
+  template <int kCount>
+  __device__ __forceinline__ void add(const Real (&logits)[kCount], Real scale,
+                                      bool with_coefficients) {
+    Real top = logits[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) top = fmaxf(top, logits[i]);
+    admit(top * scale);
+    Real shifted[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shifted[i] = fmaf(logits[i], scale, -reference);
+    if (with_coefficients) {
+      coefficients += kCount;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) weighted += shifted[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) exponentials += exponential(shifted[i]);
+  }
+
   // Adds up those of `kWidth` neighbouring lanes, in all of them.
   template <int kWidth>
   __device__ __forceinline__ void combine(bool with_coefficients, bool with_entropy) {
