@@ -96,7 +96,7 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads, 2)
     general_kernel(const __grid_constant__ SoftmaxCeParams p, int group) {
   using Row = GeneralRow<Real>;
-  using Sums = RowSums<Real>;
+  using Sums = RowSums<Real, true>;
   struct Shared {
     Sums sums;
     Largest<Real> top, top_target;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 
     auto combine = [&]<int kWidth>() {
-      sums.template combine<kWidth>(p.has_coefficients, wants_entropy);
+      sums.template combine<kWidth>(p.has_coefficients);
       if (wants_top) top.template combine<kWidth>();
       if (wants_target) top_target.template combine<kWidth>();
     };
@@ -227,7 +227,7 @@ __device__ __forceinline__ void for_vectors(int first, int end, const F& f) {
 // lies before the first aligned address of a row and after the last whole vector, a thread each
 // takes.
 template <class T, Scope kScope, Pass kPass>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
     row_kernel(const __grid_constant__ SoftmaxCeParams p, int kept_vectors) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kScope == Scope::kCluster) return;
@@ -235,8 +235,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr bool kGradient = kPass != Pass::kForward;
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
+  constexpr int kBatch = kScope == Scope::kWarp ? 2 : 4;  // vectors in flight
   using Vector = Group<T, kCount>;
-  using Sums = RowSums<float>;
+  using Sums = RowSums<float, false>;
   extern __shared__ uint4 memory[];  // [groups of a block, kept_vectors]
   __shared__ Exchange<Sums> exchange;
 
@@ -310,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         single_logit = to_real<float>(x[single]);
         sums.add(reinterpret_cast<float (&)[1]>(single_logit), logit_scale, p.has_coefficients);
       }
-      for_vectors<2, kGroup>(lane, vectors, read);
+      for_vectors<kBatch, kGroup>(lane, vectors, read);
       combine<kScope>(sums, exchange, parity, p.has_coefficients);
       parity ^= 1;
     }
@@ -372,11 +373,11 @@ __global__ void __launch_bounds__(kThreads, 4)
       };
       if (single >= 0) dx[single] = from_real<T>(gradient_of(single_logit));
       if (aligned) {
-        for_vectors<2, kGroup>(lane, vectors,
-                               [&]<int kN>(int v) { write.template operator()<true, kN>(v); });
+        for_vectors<kBatch, kGroup>(lane, vectors,
+                                    [&]<int kN>(int v) { write.template operator()<true, kN>(v); });
       } else {
-        for_vectors<2, kGroup>(lane, vectors,
-                               [&]<int kN>(int v) { write.template operator()<false, kN>(v); });
+        for_vectors<kBatch, kGroup>(
+            lane, vectors, [&]<int kN>(int v) { write.template operator()<false, kN>(v); });
       }
       // The label's class once more, by the thread that has written it.
       int label_vector = label < first_class ? -1 : (label - first_class) / kCount;
@@ -423,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     RowTarget<float> target = load_target<float>(p, row);
     bool reads = target.is_kept || p.reads_all;
     const T* x = static_cast<const T*>(p.input.data) + offset_of(p.input, p.rows, row);
-    RowSums<float> sums = RowSums<float>::none();
+    RowSums<float, false> sums = RowSums<float, false>::none();
     RowResult<float> result{};
     float label_logit = 0;
     if (reads) {
@@ -530,7 +531,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
       e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
       top = fmaxf(top, e[i]);
     }
-    RowSums<float> sums = RowSums<float>::none();
+    RowSums<float, false> sums = RowSums<float, false>::none();
     sums.reference = fminf(warp_max<kGroup>(top), kGreatest<float>);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {

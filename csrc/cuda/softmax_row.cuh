@@ -58,9 +58,9 @@ struct Largest {
 // `reference`, which stays finite and within kSlack below the largest logit, so that no sum
 // overflows and infinite logits give what the mathematics says; it moves so seldom that the pass is
 // one exponential a class.
-template <class Real>
+template <class Real, bool kEntropy>
 struct RowSums {
-  static constexpr int kSlack = 8;
+  static constexpr int kSlack = 1;
   Real reference;
   Real exponentials;  // sum of e = exp(l - reference)
   Real coefficients;  // sum of b
@@ -79,7 +79,9 @@ struct RowSums {
     Real factor = exponential(shift);
     // Before the first finite logit there is nothing to correct, and `shift` may be infinite.
     if (reference > -kGreatest<Real>) weighted += coefficients * shift;
-    entropy = factor == 0 ? Real(0) : factor * (entropy + shift * exponentials);
+    if constexpr (kEntropy) {
+      entropy = factor == 0 ? Real(0) : factor * (entropy + shift * exponentials);
+    }
     exponentials *= factor;
     reference = to;
   }
@@ -114,14 +116,14 @@ struct RowSums {
 
   // Adds up those of `kWidth` neighbouring lanes, in all of them.
   template <int kWidth>
-  __device__ __forceinline__ void combine(bool with_coefficients, bool with_entropy) {
+  __device__ __forceinline__ void combine(bool with_coefficients) {
     refer_to(warp_max<kWidth>(reference));
     exponentials = warp_sum<kWidth>(exponentials);
     if (with_coefficients) {
       coefficients = warp_sum<kWidth>(coefficients);
       weighted = warp_sum<kWidth>(weighted);
     }
-    if (with_entropy) entropy = warp_sum<kWidth>(entropy);
+    if constexpr (kEntropy) entropy = warp_sum<kWidth>(entropy);
   }
 };
 
@@ -197,14 +199,18 @@ struct RowResult {
 };
 
 // `label_logit` is l_y, or anything where the row has no valid label.
-template <bool kPlain = false, class Real>
+template <bool kPlain = false, class Real, bool kEntropy>
 __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
                                                       const RowTarget<Real>& target,
-                                                      const RowSums<Real>& sums, Real label_logit) {
+                                                      const RowSums<Real, kEntropy>& sums,
+                                                      Real label_logit) {
   RowResult<Real> result;
   result.log_sum = math::log(sums.exponentials);
   result.lse = sums.reference + result.log_sum;
-  result.entropy = result.log_sum - sums.entropy * math::reciprocal(sums.exponentials);
+  result.entropy = 0;
+  if constexpr (kEntropy) {
+    result.entropy = result.log_sum - sums.entropy * math::reciprocal(sums.exponentials);
+  }
   Real loss = 0;
   if (kPlain || !p.has_probabilities) {
     loss = target.weight * (result.log_sum - (label_logit - sums.reference));
@@ -219,10 +225,11 @@ __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
   return result;
 }
 
-template <bool kPlain = false, class Real>
+template <bool kPlain = false, class Real, bool kEntropy>
 __device__ __forceinline__ RowGradient<Real> row_gradient(const SoftmaxCeParams& p, int64_t row,
                                                           const RowTarget<Real>& target,
-                                                          const RowSums<Real>& sums, Real scale) {
+                                                          const RowSums<Real, kEntropy>& sums,
+                                                          Real scale) {
   Real factor = target.factor * scale;
   if (!kPlain && p.is_backward) {
     factor *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
@@ -274,14 +281,14 @@ struct Exchange {
 template <Scope kScope, class Sums>
 __device__ __forceinline__ void combine(Sums& sums, Exchange<Sums>& exchange, int parity,
                                         bool with_coefficients) {
-  sums.template combine<32>(with_coefficients, false);
+  sums.template combine<32>(with_coefficients);
   if constexpr (kScope == Scope::kWarp) {
     __syncwarp();  // a lane has read the label's logit, which another may overwrite
   } else {
     if (threadIdx.x % 32 == 0) exchange.warps[parity][threadIdx.x / 32] = sums;
     __syncthreads();
     sums = exchange.warps[parity][threadIdx.x % kWarps];
-    sums.template combine<kWarps>(with_coefficients, false);
+    sums.template combine<kWarps>(with_coefficients);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (kScope == Scope::kCluster) {
@@ -292,7 +299,7 @@ __device__ __forceinline__ void combine(Sums& sums, Exchange<Sums>& exchange, in
     unsigned rank = threadIdx.x % kMostBlocks, blocks = cluster.num_blocks();
     sums = Sums::none();
     if (rank < blocks) sums = *cluster.map_shared_rank(&exchange.blocks[parity], rank);
-    sums.template combine<kMostBlocks>(with_coefficients, false);
+    sums.template combine<kMostBlocks>(with_coefficients);
   }
 #endif
 }
