@@ -476,13 +476,12 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // A few classes, dense in memory from row to row: blocks copy rows to shared memory and gradients
 // back in vectors of 16 bytes, and kGroup lanes take a row in between, each up to kPerLane of its
-// classes, which stay in registers.
-
-template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane>
-__global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
+// classes, which stay in registers. kFewest of these there are for certain.
+template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
+__global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
   constexpr int kCount = 16 / sizeof(T);
-  constexpr int kVectors = kPerLane / kCount;  // that a thread copies
+  constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies
   using Vector = Group<T, kCount>;
   __shared__ alignas(16) T tile[kThreads * kPerLane];
   const Scale factors = load_scale(p);
@@ -492,13 +491,13 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
   const int classes = static_cast<int>(p.classes);
   constexpr int kRows = kThreads / kGroup;
   const int lane = threadIdx.x % kGroup;
-  T* const mine = tile + threadIdx.x / kGroup * classes + lane;  // every kGroup-th is this lane's
   float loss = 0;
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.rows.numel;
        first += static_cast<int64_t>(gridDim.x) * kRows) {
     int64_t left = p.rows.numel - first;
-    const int count = (left < kRows ? static_cast<int>(left) : kRows) * classes;
+    const int rows = left < kRows ? static_cast<int>(left) : kRows;
+    const int count = rows * classes;
     const int vectors = aligned ? count / kCount : 0;
     {
       const T* x = static_cast<const T*>(p.input.data) + first * classes;
@@ -513,21 +512,27 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
         int v = threadIdx.x + i * kThreads;
         if (v < vectors) reinterpret_cast<Vector*>(tile)[v] = raw[i];
       }
-      for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
+      if (vectors * kCount != count) {
+#pragma unroll 1
+        for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
+      }
     }
     __syncthreads();
 
-    int64_t row = first + threadIdx.x / kGroup;
-    RowTarget<float> target{-1, 0, 0, false};
-    if (row < p.rows.numel) target = load_target<float, kPlain>(p, row);
+    // Threads without a row do the last one's work, and drop it.
+    const bool exists = threadIdx.x / kGroup < rows;
+    const int place = exists ? threadIdx.x / kGroup : rows - 1;
+    int64_t row = first + place;
+    T* const mine = tile + place * classes + lane;  // every kGroup-th is this lane's
+    RowTarget<float> target = load_target<float, kPlain>(p, row);
     const int label = static_cast<int>(target.label);
-    bool reads = row < p.rows.numel && (target.is_kept || (!kPlain && p.reads_all));
-    const int end = (reads ? classes : 0) - lane;
+    bool reads = target.is_kept || (!kPlain && p.reads_all);
+    const int end = classes - lane;
     float e[kPerLane];  // first the logits
     float top = -kGreatest<float>;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (i * kGroup >= end) break;
+      if (i >= kFewest && i * kGroup >= end) break;
       e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
       top = fmaxf(top, e[i]);
     }
@@ -535,7 +540,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
     sums.reference = fminf(warp_max<kGroup>(top), kGreatest<float>);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (i * kGroup >= end) break;
+      if (i >= kFewest && i * kGroup >= end) break;
       e[i] -= sums.reference;
       if (!kPlain && p.has_coefficients) sums.weighted += e[i];
       e[i] = math::exp_shifted<Precision::kFull>(e[i]);
@@ -548,7 +553,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
     }
     float label_logit = 0;
     if (reads && label >= 0) label_logit = to_real<float>(mine[label - lane]) * logit_scale;
-    if (lane == 0 && row < p.rows.numel) {
+    if (lane == 0 && exists) {
       RowResult<float> result{};
       if (reads) result = row_result<kPlain>(p, target, sums, label_logit);
       loss += result.loss;
@@ -556,21 +561,26 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
     }
 
     if constexpr (kGradient) {
-      __syncwarp();  // all lanes have read the label's logit
-      RowGradient<float> g{};
-      reads = reads && has_gradient<kPlain>(p, target);
-      if (reads) g = row_gradient<kPlain>(p, row, target, sums, scale);
-      const float factor = g.exponential * logit_scale;
-      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
-      // A row that does not exist has a place in the tile, too.
+      __syncthreads();  // all have read their row, and the label's logit
+      if (reads && has_gradient<kPlain>(p, target)) {
+        RowGradient<float> g = row_gradient<kPlain>(p, row, target, sums, scale);
+        const float factor = g.exponential * logit_scale;
+        const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (i * kGroup >= classes - lane) break;
-        mine[i * kGroup] = from_real<T>(reads ? fmaf(e[i], factor, shift) : 0.0f);
-      }
-      if (reads && label >= 0 && label % kGroup == lane) {
-        float label_e = math::exp_shifted<Precision::kFull>(label_logit - sums.reference);
-        mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+        for (int i = 0; i < kPerLane; ++i) {
+          if (i >= kFewest && i * kGroup >= end) break;
+          if (exists) mine[i * kGroup] = from_real<T>(fmaf(e[i], factor, shift));
+        }
+        if (exists && label >= 0 && label % kGroup == lane) {
+          float label_e = math::exp_shifted<Precision::kFull>(label_logit - sums.reference);
+          mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+        }
+      } else if (exists) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if (i >= kFewest && i * kGroup >= end) break;
+          mine[i * kGroup] = from_real<T>(0.0f);
+        }
       }
       __syncthreads();
       T* dx = static_cast<T*>(p.gradient.data) + first * classes;
@@ -581,7 +591,10 @@ __global__ void __launch_bounds__(kThreads, kPerLane == 16 ? 3 : 2)
           reinterpret_cast<Vector*>(dx)[v] = reinterpret_cast<const Vector*>(tile)[v];
         }
       }
-      for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
+      if (vectors * kCount != count) {
+#pragma unroll 1
+        for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
+      }
     }
     __syncthreads();  // the tile may be overwritten
   }
@@ -745,6 +758,7 @@ int size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Whether a row begins where the one before it ends.
 bool is_packed(const SoftmaxCeArguments& a) {
+  if (a.rows.numel == 1) return true;
   return a.rows.rank == 1 && a.input.strides[0] == a.classes &&
          (!a.gradient || a.gradient.strides[0] == a.classes);
 }
@@ -801,16 +815,26 @@ void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream
   }
 }
 
+template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  few_kernel<T, kGradient, kPlain, kGroup, kPerLane, kFewest>
+      <<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+}
+
 template <class T, bool kGradient, bool kPlain>
 void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   if (plan.kernel == SoftmaxCePlan::kSpread) {
     spread_kernel<T, kGradient><<<plan.blocks, kThreads, 0, stream>>>(p);
   } else if (plan.kernel == SoftmaxCePlan::kPair) {
     pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
-  } else if (plan.group == 1) {
-    few_kernel<T, kGradient, kPlain, 1, 16><<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+  } else if (plan.group > 1) {
+    launch_few<T, kGradient, kPlain, 4, 32, 4>(p, plan, stream);
+  } else if (!kPlain) {
+    launch_few<T, kGradient, kPlain, 1, 16, 2>(p, plan, stream);
+  } else if (p.classes <= 8) {
+    launch_few<T, kGradient, kPlain, 1, 8, 2>(p, plan, stream);
   } else {
-    few_kernel<T, kGradient, kPlain, 4, 32><<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+    launch_few<T, kGradient, kPlain, 1, 16, 9>(p, plan, stream);
   }
 }
 

@@ -239,7 +239,7 @@ __device__ __forceinline__ RowGradient<Real> row_gradient(const SoftmaxCeParams&
   if (z_loss != 0 || (!kPlain && p.grad_entropy.data != nullptr))
     log_sum = math::log(sums.exponentials);
   RowGradient<Real> gradient{};
-  if (target.is_kept) {
+  if (kPlain || target.is_kept) {
     Real total = sums.coefficients + target.weight;
     if (z_loss != 0) total += 2 * z_loss * (sums.reference + log_sum);
     gradient.exponential = factor * total;
