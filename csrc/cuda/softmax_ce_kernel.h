@@ -67,4 +67,10 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& arguments, const DeviceL
 void launch_softmax_ce(const SoftmaxCeArguments& arguments, const SoftmaxCePlan& plan,
                        void* workspace, Report* report, cudaStream_t stream);
 
+// The second of these, by kernel: softmax_ce_rows.cu, softmax_ce_few.cu.
+void launch_softmax_ce_rows(const SoftmaxCeParams& params, const SoftmaxCePlan& plan,
+                            cudaStream_t stream);
+void launch_softmax_ce_few(const SoftmaxCeParams& params, const SoftmaxCePlan& plan,
+                           cudaStream_t stream);
+
 }  // namespace fused_ce

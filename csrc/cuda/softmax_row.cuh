@@ -326,4 +326,15 @@ __device__ __forceinline__ Scale load_scale(const SoftmaxCeParams& p) {
   return scale;
 }
 
+// Adds up the losses of all threads of the grid in a fixed order.
+template <class Real>
+__device__ __forceinline__ void reduce_loss(const SoftmaxCeParams& p, Real loss,
+                                            const Scale& scale) {
+  double total;
+  if (grid_sum(loss, p.workspace.sums, p.workspace.ticket, total) && threadIdx.x == 0) {
+    store(p.loss_scalar, 0,
+          scale.denominator == 0 ? total * scale.inverse : total / scale.denominator);
+  }
+}
+
 }  // namespace fused_ce
