@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <stdexcept>
 
 #include "../bce_ops.h"
 #include "bce_kernel.h"
@@ -16,15 +15,11 @@ void run_cuda(const BceArguments& a, const Tensor& input) {
   STD_TORCH_CHECK(a.space.rank <= kCudaRank, "more than ", kCudaRank,
                   " dimensions that cannot be merged are not supported on CUDA");
   DeviceGuard guard(device_index);
-  std::string pending = take_report();
-  if (!pending.empty()) throw std::runtime_error(pending);
+  raise_report();
   Report* report = a.form == BceForm::kProbability ? shared_report() : nullptr;
   BcePlan plan = plan_bce(a, multiprocessors(device_index));
   std::optional<Tensor> workspace;
-  if (plan.workspace_bytes > 0) {
-    int64_t bytes = static_cast<int64_t>(plan.workspace_bytes), stride = 1;
-    workspace = empty_strided(input, ScalarType::Byte, 1, &bytes, &stride);
-  }
+  if (plan.workspace_bytes > 0) workspace = device_memory(input, plan.workspace_bytes);
   launch_bce(a, plan, workspace ? workspace->data_ptr() : nullptr, report,
              current_stream(device_index));
   check_launch();

@@ -207,18 +207,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) p.workspace.kept[blockIdx.x] = sum;
 }
 
-__device__ __forceinline__ void report_out_of_range(Report* report, bool is_target, int64_t index,
-                                                    double value) {
-  if (atomicCAS(&report->state, 0u, 1u) != 0u) return;
-  report->is_target = is_target;
-  report->index = index;
-  report->value = value;
-  __threadfence_system();
-  atomicExch(&report->state, 2u);
-}
-
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     general_kernel(const __grid_constant__ BceKernelParams p) {
   double denominator = p.denominator;
   if (p.counts_kept) {
@@ -255,7 +245,9 @@ __global__ void __launch_bounds__(kThreads)
         value = BceProbability::evaluate(x, target);
       } else {
         bool is_target = x >= Real(0) && x <= Real(1);
-        report_out_of_range(p.report, is_target, i, static_cast<double>(is_target ? raw : x));
+        write_report(p.report,
+                     {0, is_target ? Report::kTargetProbability : Report::kInputProbability, i, 0,
+                      0, static_cast<double>(is_target ? raw : x)});
         value.loss = value.gradient = static_cast<Real>(__int_as_float(0x7fc00000));
       }
       Real weight =

@@ -4,7 +4,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
+#include <map>
 #include <mutex>
+#include <stdexcept>
 
 // Torch's CUDA library has this symbol. A CPU build of torch does not, and must still load the
 // extension.
@@ -39,14 +41,24 @@ cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int multiprocessors(int32_t device_index) {
-  static std::atomic<int> counts[64];
-  if (device_index < 64 && counts[device_index] > 0) return counts[device_index];
-  int count;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index));
-  if (device_index < 64) counts[device_index] = count;
-  return count;
+DeviceLimits device_limits(int32_t device_index) {
+  static std::mutex mutex;
+  static std::map<int32_t, DeviceLimits> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device_index);
+  if (found != known.end()) return found->second;
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value;
+    check(cudaDeviceGetAttribute(&value, which, device_index));
+    return value;
+  };
+  return known[device_index] = {attribute(cudaDevAttrMultiProcessorCount),
+                                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                                attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
 }
+
+int multiprocessors(int32_t device_index) { return device_limits(device_index).multiprocessors; }
 
 void check_launch() { check(cudaGetLastError()); }
 
@@ -56,7 +68,7 @@ Report* shared_report() {
   if (report_memory == nullptr) {
     void* memory;
     check(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocMapped | cudaHostAllocPortable));
-    *static_cast<Report*>(memory) = Report{0, false, 0, 0};
+    *static_cast<Report*>(memory) = Report{};
     report_memory = static_cast<Report*>(memory);
   }
   return report_memory;
@@ -67,11 +79,23 @@ std::string take_report() {
   if (report == nullptr) return "";
   std::atomic_ref<unsigned> state(report->state);
   if (state.load(std::memory_order_acquire) != 2) return "";
-  std::string message = std::string("all elements of ") + (report->is_target ? "target" : "input") +
-                        " should be between 0 and 1, but element " + std::to_string(report->index) +
-                        " in memory order is " + std::to_string(report->value);
+  std::string message;
+  if (report->kind == Report::kLabel) {
+    message = "Target " + std::to_string(report->label) + " is out of bounds (row " +
+              std::to_string(report->index) + " of " + std::to_string(report->rows) + ").";
+  } else {
+    message = std::string("all elements of ") +
+              (report->kind == Report::kTargetProbability ? "target" : "input") +
+              " should be between 0 and 1, but element " + std::to_string(report->index) +
+              " in memory order is " + std::to_string(report->value);
+  }
   state.store(0, std::memory_order_release);
   return message;
+}
+
+void raise_report() {
+  std::string pending = take_report();
+  if (!pending.empty()) throw std::runtime_error(pending);
 }
 
 }  // namespace fused_ce

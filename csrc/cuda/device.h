@@ -7,6 +7,8 @@
 
 #include <string>
 
+#include "../tensor_operands.h"
+#include "limits.h"
 #include "report.h"
 
 namespace fused_ce {
@@ -27,6 +29,7 @@ class DeviceGuard {
 // Torch's current stream on the device.
 cudaStream_t current_stream(int32_t device_index);
 int multiprocessors(int32_t device_index);
+DeviceLimits device_limits(int32_t device_index);
 // Raises on an error of the last launch.
 void check_launch();
 
@@ -34,5 +37,12 @@ void check_launch();
 Report* shared_report();
 // What a kernel has reported since the last call, as a message; empty where nothing was.
 std::string take_report();
+// Raises what a kernel has reported.
+void raise_report();
+// Memory on the tensor's device for the length of a call.
+inline Tensor device_memory(const Tensor& like, size_t bytes) {
+  int64_t size = static_cast<int64_t>(bytes), stride = 1;
+  return empty_strided(like, ScalarType::Byte, 1, &size, &stride);
+}
 
 }  // namespace fused_ce

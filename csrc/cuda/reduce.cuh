@@ -3,33 +3,46 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace fused_ce {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-template <class T>
-__device__ __forceinline__ T warp_sum(T value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance >>= 1) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
+// The value of the lane whose number differs by `kDistance` alone, a power of two.
+template <int kDistance, class T>
+__device__ __forceinline__ T from_lane(T value) {
+  if constexpr (std::is_same_v<T, float>) {
+    // Without moving the value between float and integer registers, which is a noticeable part of
+    // what a thread does besides its elements.
+    float other;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;"
+                 : "=f"(other)
+                 : "f"(value), "n"(kDistance));
+    return other;
+  } else {
+    return __shfl_xor_sync(0xffffffffu, value, kDistance);
   }
-  return value;
 }
 
-// The same without moving the value between float and integer registers at each step, which is a
-// noticeable part of what a thread does besides its elements.
-template <int kDistance>
-__device__ __forceinline__ float add_from(float value) {
-  float other;
-  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;"
-               : "=f"(other)
-               : "f"(value), "n"(kDistance));
-  return value + other;
+// The sum and the largest over `kWidth` neighbouring lanes, in all of them.
+template <int kWidth = 32, class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  if constexpr (kWidth > 1) {
+    return warp_sum<kWidth / 2>(value + from_lane<kWidth / 2>(value));
+  } else {
+    return value;
+  }
 }
-template <>
-__device__ __forceinline__ float warp_sum(float value) {
-  return add_from<1>(add_from<2>(add_from<4>(add_from<8>(add_from<16>(value)))));
+template <int kWidth = 32, class T>
+__device__ __forceinline__ T warp_max(T value) {
+  if constexpr (kWidth > 1) {
+    T other = from_lane<kWidth / 2>(value);
+    return warp_max<kWidth / 2>(other > value ? other : value);
+  } else {
+    return value;
+  }
 }
 
 // The sum over the block of each thread's value, in every thread. Sum is the type of the warps'

@@ -7,10 +7,28 @@
 namespace fused_ce {
 
 struct Report {
+  enum Kind : int32_t { kInputProbability, kTargetProbability, kLabel };
   unsigned state;  // 0: none, 1: being written, 2: complete
-  bool is_target;  // else it is the input
-  int64_t index;   // of the element in memory order
-  double value;
+  Kind kind;
+  int64_t index;  // of the element or row in memory order
+  int64_t rows;   // of which the label's is one
+  int64_t label;
+  double value;  // of the probability
 };
+
+#if defined(__CUDACC__)
+// Leaves the first piece of bad input; later ones are dropped.
+__device__ __forceinline__ void write_report(Report* report,  // [1] host-mapped
+                                             const Report& record) {
+  if (atomicCAS(&report->state, 0u, 1u) != 0u) return;
+  report->kind = record.kind;
+  report->index = record.index;
+  report->rows = record.rows;
+  report->label = record.label;
+  report->value = record.value;
+  __threadfence_system();
+  atomicExch(&report->state, 2u);
+}
+#endif
 
 }  // namespace fused_ce

@@ -1,0 +1,412 @@
+// Softmax cross entropy of rows that a thread, or a few lanes, take: classes that lie apart, and
+// few classes.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "softmax_row.cuh"
+
+namespace fused_ce {
+namespace {
+
+// Classes that lie apart: a thread takes a row, and its neighbours' rows lie beside it. The second
+// read, for the gradient, comes from cache.
+template <class T, bool kGradient>
+__global__ void __launch_bounds__(kThreads, 4)
+    spread_kernel(const __grid_constant__ SoftmaxCeParams p) {
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  const float logit_scale = p.in_float.logit_scale;
+  const float share = p.in_float.share;
+  float loss = 0;
+
+  // Calls f<8>, f<4> or f<1> for successive classes.
+  auto for_classes = [&](const auto& f) {
+    int64_t c = 0;
+#pragma unroll 1
+    for (; c + 8 <= p.classes; c += 8) f.template operator()<8>(c);
+    if (c + 4 <= p.classes) f.template operator()<4>(c), c += 4;
+#pragma unroll 1
+    for (; c < p.classes; ++c) f.template operator()<1>(c);
+  };
+
+  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < p.rows.numel;
+       row += step) {
+    RowTarget<float> target = load_target<float>(p, row);
+    bool reads = target.is_kept || p.reads_all;
+    const T* x = static_cast<const T*>(p.input.data) + offset_of(p.input, p.rows, row);
+    RowSums<float, false> sums = RowSums<float, false>::none();
+    RowResult<float> result{};
+    float label_logit = 0;
+    if (reads) {
+      for_classes([&]<int kN>(int64_t c) {
+        float logits[kN];
+#pragma unroll
+        for (int i = 0; i < kN; ++i) logits[i] = to_real<float>(x[(c + i) * p.input_stride]);
+        sums.add(logits, logit_scale, p.has_coefficients);
+      });
+      sums.coefficients *= share;
+      sums.weighted *= share;
+      if (target.label >= 0) {
+        label_logit = to_real<float>(x[target.label * p.input_stride]) * logit_scale;
+      }
+      result = row_result(p, target, sums, label_logit);
+    }
+    loss += result.loss;
+    store_result(p, row, result);
+
+    if constexpr (kGradient) {
+      T* dx = static_cast<T*>(p.gradient.data) + offset_of(p.gradient, p.rows, row);
+      if (!reads || !has_gradient(p, target)) {
+        for (int64_t c = 0; c < p.classes; ++c) dx[c * p.gradient_stride] = from_real<T>(0.0f);
+        continue;
+      }
+      RowGradient<float> g = row_gradient(p, row, target, sums, scale);
+      const float factor = g.exponential * logit_scale;
+      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+      for_classes([&]<int kN>(int64_t c) {
+        float values[kN];
+#pragma unroll
+        for (int i = 0; i < kN; ++i) values[i] = to_real<float>(x[(c + i) * p.input_stride]);
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          float shifted = fmaf(values[i], logit_scale, -sums.reference);
+          dx[(c + i) * p.gradient_stride] =
+              from_real<T>(fmaf(math::exp_shifted<kPrecision>(shifted), factor, shift));
+        }
+      });
+      if (target.label >= 0) {
+        float e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
+        dx[target.label * p.gradient_stride] =
+            from_real<T>(fmaf(e, factor, shift) - g.label * logit_scale);
+      }
+    }
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
+// A few classes, dense in memory from row to row: blocks copy rows to shared memory and gradients
+// back in vectors of 16 bytes, and kGroup lanes take a row in between, each up to kPerLane of its
+// classes, which stay in registers. kFewest of these there are for certain.
+template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
+__global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
+    few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
+  constexpr int kCount = 16 / sizeof(T);
+  constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies
+  using Vector = Group<T, kCount>;
+  __shared__ alignas(16) T tile[kThreads * kPerLane];
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+  const float share = kPlain ? 0.0f : p.in_float.share;
+  const int classes = static_cast<int>(p.classes);
+  constexpr int kRows = kThreads / kGroup;
+  const int lane = threadIdx.x % kGroup;
+  float loss = 0;
+
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.rows.numel;
+       first += static_cast<int64_t>(gridDim.x) * kRows) {
+    int64_t left = p.rows.numel - first;
+    const int rows = left < kRows ? static_cast<int>(left) : kRows;
+    const int count = rows * classes;
+    const int vectors = aligned ? count / kCount : 0;
+    {
+      const T* x = static_cast<const T*>(p.input.data) + first * classes;
+      Vector raw[kVectors];
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        int v = threadIdx.x + i * kThreads;
+        if (v < vectors) raw[i] = reinterpret_cast<const Vector*>(x)[v];
+      }
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        int v = threadIdx.x + i * kThreads;
+        if (v < vectors) reinterpret_cast<Vector*>(tile)[v] = raw[i];
+      }
+      if (vectors * kCount != count) {
+#pragma unroll 1
+        for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
+      }
+    }
+    __syncthreads();
+
+    // Threads without a row do the last one's work, and drop it.
+    const bool exists = threadIdx.x / kGroup < rows;
+    const int place = exists ? threadIdx.x / kGroup : rows - 1;
+    int64_t row = first + place;
+    T* const mine = tile + place * classes + lane;  // every kGroup-th is this lane's
+    RowTarget<float> target = load_target<float, kPlain>(p, row);
+    const int label = static_cast<int>(target.label);
+    bool reads = target.is_kept || (!kPlain && p.reads_all);
+    const int end = classes - lane;
+    float e[kPerLane];  // first the logits
+    float top = -kGreatest<float>;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i >= kFewest && i * kGroup >= end) break;
+      e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
+      top = fmaxf(top, e[i]);
+    }
+    RowSums<float, false> sums = RowSums<float, false>::none();
+    sums.reference = fminf(warp_max<kGroup>(top), kGreatest<float>);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i >= kFewest && i * kGroup >= end) break;
+      e[i] -= sums.reference;
+      if (!kPlain && p.has_coefficients) sums.weighted += e[i];
+      e[i] = math::exp_shifted<Precision::kFull>(e[i]);
+      sums.exponentials += e[i];
+    }
+    sums.exponentials = warp_sum<kGroup>(sums.exponentials);
+    if (!kPlain && p.has_coefficients) {
+      sums.weighted = share * warp_sum<kGroup>(sums.weighted);
+      sums.coefficients = share * static_cast<float>(classes);
+    }
+    float label_logit = 0;
+    if (reads && label >= 0) label_logit = to_real<float>(mine[label - lane]) * logit_scale;
+    if (lane == 0 && exists) {
+      RowResult<float> result{};
+      if (reads) result = row_result<kPlain>(p, target, sums, label_logit);
+      loss += result.loss;
+      if constexpr (!kPlain) store_result(p, row, result);
+    }
+
+    if constexpr (kGradient) {
+      __syncthreads();  // all have read their row, and the label's logit
+      if (reads && has_gradient<kPlain>(p, target)) {
+        RowGradient<float> g = row_gradient<kPlain>(p, row, target, sums, scale);
+        const float factor = g.exponential * logit_scale;
+        const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if (i >= kFewest && i * kGroup >= end) break;
+          if (exists) mine[i * kGroup] = from_real<T>(fmaf(e[i], factor, shift));
+        }
+        if (exists && label >= 0 && label % kGroup == lane) {
+          float label_e = math::exp_shifted<Precision::kFull>(label_logit - sums.reference);
+          mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+        }
+      } else if (exists) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if (i >= kFewest && i * kGroup >= end) break;
+          mine[i * kGroup] = from_real<T>(0.0f);
+        }
+      }
+      __syncthreads();
+      T* dx = static_cast<T*>(p.gradient.data) + first * classes;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        int v = threadIdx.x + i * kThreads;
+        if (v < vectors) {
+          reinterpret_cast<Vector*>(dx)[v] = reinterpret_cast<const Vector*>(tile)[v];
+        }
+      }
+      if (vectors * kCount != count) {
+#pragma unroll 1
+        for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
+      }
+    }
+    __syncthreads();  // the tile may be overwritten
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
+// Two classes, dense in memory: binary cross entropy of the distance of the logits, one exponential
+// a row. The two gradients are equal but for the sign, without a cancellation. A thread takes the
+// rows of one vector.
+template <class T, bool kGradient, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 4)
+    pair_kernel(const __grid_constant__ SoftmaxCeParams p) {
+  constexpr int kRows = 8 / sizeof(T);
+  using Vector = Group<T, 2 * kRows>;
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  float loss = 0;
+
+  struct Pair {
+    float e, upper;  // of the two probabilities, upper and e * upper, the larger
+    float log_sum;   // log(1 + e)
+    float loss;      // of the label
+    float other;     // the probability of the other class
+  };
+  // `margin` is that of the other class over the label's.
+  auto pair_of = [](float margin) {
+    Pair r;
+    r.e = math::exp_shifted<Precision::kFull>(-fabsf(margin));
+    r.upper = math::reciprocal(1 + r.e);
+    r.log_sum = math::log1p_unit<Precision::kFull>(r.e);
+    r.loss = fmaxf(margin, 0.0f) + r.log_sum;
+    r.other = (margin >= 0 ? 1.0f : r.e) * r.upper;
+    return r;
+  };
+  // The gradients take the place of the logits.
+  auto evaluate = [&](int64_t row, float& x0, float& x1) {
+    RowTarget<float> target = load_target<float>(p, row);
+    RowResult<float> result{};
+    float g0 = 0, g1 = 0;
+    if (target.is_kept || p.reads_all) {
+      const float logit_scale = p.in_float.logit_scale, share = p.in_float.share;
+      const float z_loss = p.in_float.z_loss;
+      float l0 = x0 * logit_scale, l1 = x1 * logit_scale;
+      float margin = target.label == 1 ? l0 - l1 : l1 - l0;
+      // An infinite logit makes the row NaN, as in torch, unless it is the smaller one.
+      float top = fmaxf(l0, l1);
+      Pair r = pair_of(top > kGreatest<float> ? quiet_nan<float>() : margin);
+      result.loss = target.weight * r.loss;
+      float g = target.weight * r.other;
+      if (p.has_coefficients) {
+        float difference = (1 - r.e) * r.upper;
+        result.loss += share * (fabsf(margin) + 2 * r.log_sum);
+        g += share * (margin >= 0 ? difference : -difference);
+      }
+      // Where the larger logit is infinite so is the sum of exponentials.
+      result.lse = fabsf(top) > kGreatest<float> && l0 == l0 && l1 == l1 ? top : top + r.log_sum;
+      if (z_loss != 0) result.loss += z_loss * result.lse * result.lse;
+      result.loss = target.is_kept ? target.factor * result.loss : 0.0f;
+      if (kGradient && has_gradient(p, target)) {
+        float factor = target.is_kept ? target.factor * scale * logit_scale : 0.0f;
+        if (p.is_backward) {
+          factor *= p.grad_loss.data != nullptr ? load<float>(p.grad_loss, p.rows, row) : 0.0f;
+        }
+        float common = 2 * z_loss * result.lse * factor;
+        if (z_loss == 0 || !target.is_kept) common = 0;
+        if (p.grad_lse.data != nullptr) {
+          common += load<float>(p.grad_lse, p.rows, row) * logit_scale;
+        }
+        g = target.is_kept ? g * factor : 0.0f;
+        g1 = target.label == 1 ? -g : g;
+        g0 = -g1;
+        if (common != 0) {
+          g0 = fmaf(common, l0 >= l1 ? r.upper : r.e * r.upper, g0);
+          g1 = fmaf(common, l0 >= l1 ? r.e * r.upper : r.upper, g1);
+        }
+      }
+    }
+    loss += result.loss;
+    store_result(p, row, result);
+    x0 = g0;
+    x1 = g1;
+  };
+
+  // The plain loss of a vector in a straight line. False, having done nothing, where a label is out
+  // of bounds or a logit infinite.
+  auto evaluate_plain = [&](const int64_t* labels, float (&values)[2 * kRows]) {
+    float sum = 0;
+    bool is_rare = false;
+    float gradients[2 * kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int64_t label = labels[i];
+      bool is_kept = label != p.ignore_index, is_second = label == 1;
+      float difference = values[2 * i + 1] - values[2 * i];
+      float margin = is_second ? -difference : difference;
+      is_rare |= static_cast<uint64_t>(label) > 1 && is_kept;
+      is_rare |= fabsf(margin) > kGreatest<float>;
+      Pair r = pair_of(margin);
+      sum += is_kept ? r.loss : 0.0f;
+      gradients[2 * i + 1] = is_kept ? r.other * (is_second ? -scale : scale) : 0.0f;
+      gradients[2 * i] = -gradients[2 * i + 1];
+    }
+    if (is_rare) return false;
+    loss += sum;
+#pragma unroll
+    for (int i = 0; i < 2 * kRows; ++i) values[i] = gradients[i];
+    return true;
+  };
+
+  int64_t vectors = p.rows.numel / kRows;
+  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t v = at; v < vectors; v += step) {
+    Vector raw = static_cast<const Vector*>(p.input.data)[v];
+    float values[2 * kRows];
+    unpack(raw, values);
+    bool done = false;
+    if constexpr (kPlain) {
+      done = evaluate_plain(static_cast<const int64_t*>(p.target.data) + v * kRows, values);
+    }
+    if (!done) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
+    }
+    if constexpr (kGradient) {
+      pack(values, raw);
+      static_cast<Vector*>(p.gradient.data)[v] = raw;
+    }
+  }
+  int64_t row = vectors * kRows + at;
+  if (row < p.rows.numel) {
+    const T* x = static_cast<const T*>(p.input.data) + 2 * row;
+    float x0 = to_real<float>(x[0]), x1 = to_real<float>(x[1]);
+    evaluate(row, x0, x1);
+    if constexpr (kGradient) {
+      T* dx = static_cast<T*>(p.gradient.data) + 2 * row;
+      dx[0] = from_real<T>(x0);
+      dx[1] = from_real<T>(x1);
+    }
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
+template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  few_kernel<T, kGradient, kPlain, kGroup, kPerLane, kFewest>
+      <<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+}
+
+template <class T, bool kGradient, bool kPlain>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  if (plan.kernel == SoftmaxCePlan::kSpread) {
+    spread_kernel<T, kGradient><<<plan.blocks, kThreads, 0, stream>>>(p);
+  } else if (plan.kernel == SoftmaxCePlan::kPair) {
+    pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
+  } else if (plan.group > 1) {
+    launch_few<T, kGradient, kPlain, 4, 32, 4>(p, plan, stream);
+  } else if (!kPlain) {
+    launch_few<T, kGradient, kPlain, 1, 16, 2>(p, plan, stream);
+  } else if (p.classes <= 8) {
+    launch_few<T, kGradient, kPlain, 1, 8, 2>(p, plan, stream);
+  } else {
+    launch_few<T, kGradient, kPlain, 1, 16, 9>(p, plan, stream);
+  }
+}
+
+template <class T, bool kGradient>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  bool plain = !p.has_coefficients && !p.is_backward && !p.reads_all && !p.weight.data &&
+               !p.sample_weight.data && !p.loss.data && p.in_float.z_loss == 0 &&
+               p.in_float.logit_scale == 1 && p.in_float.keep == 1 &&
+               p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat;
+  if (plain) {
+    launch_few<T, kGradient, true>(p, plan, stream);
+  } else {
+    launch_few<T, kGradient, false>(p, plan, stream);
+  }
+}
+
+template <class T>
+void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  if (p.gradient.data != nullptr) {
+    launch_few<T, true>(p, plan, stream);
+  } else {
+    launch_few<T, false>(p, plan, stream);
+  }
+}
+
+}  // namespace
+
+void launch_softmax_ce_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan,
+                           cudaStream_t stream) {
+  switch (p.input.dtype) {
+    case Dtype::kBFloat16:
+      return launch_few<__nv_bfloat16>(p, plan, stream);
+    case Dtype::kFloat16:
+      return launch_few<__half>(p, plan, stream);
+    default:
+      return launch_few<float>(p, plan, stream);
+  }
+}
+
+}  // namespace fused_ce
