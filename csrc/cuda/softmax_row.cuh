@@ -316,7 +316,7 @@ __device__ __forceinline__ Scale load_scale(const SoftmaxCeParams& p) {
     if (p.sums_weights) {
       double mine = 0;
       for (int i = threadIdx.x; i < p.weight_blocks; i += 32) mine += p.workspace.weights[i];
-      denominator = warp_sum(mine);
+      denominator = checked_weights(warp_sum(mine), p.zero_on_empty);
     } else if (p.normalizer.data != nullptr) {
       denominator = load<double>(p.normalizer, 0);
     }
