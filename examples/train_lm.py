@@ -2,7 +2,7 @@
 
 The text is what Python's standard library says about itself: its documentation strings.
 
-python examples/train_lm.py --steps 40 --plot train_lm.png
+python examples/train_lm.py --steps 100 --plot train_lm.png
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def plot(
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=2)] = 40,
+    steps: Annotated[int, typer.Option(min=2)] = 100,
     plot_path: Annotated[Path, typer.Option("--plot")] = Path("train_lm.png"),
     seed: int = 0,
     device: str = "cpu",
