@@ -949,6 +949,22 @@ def test_index_type() -> None:
     assert common.collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
 
 
+def compile_for(capability: int, kernel: Any, warps: int = 4, **parameters: Any) -> None:
+    """A str is the type of an argument, everything else is constant."""
+    names = kernel.arg_names
+    assert set(parameters) == set(names)
+
+    def is_type(value: Any) -> bool:
+        return isinstance(value, (str, tuple))
+
+    signature = {n: parameters[n] if is_type(parameters[n]) else "constexpr" for n in names}
+    constants = {n: parameters[n] for n in names if not is_type(parameters[n])}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    assert compiled.asm["cubin"]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
@@ -961,18 +977,7 @@ def test_compiles(dtype: str, capability: int) -> None:
     partial = "*fp64" if dtype == "fp64" else "*fp32"
 
     def compile_(kernel: Any, **parameters: Any) -> None:
-        """A str is the type of an argument, everything else is constant."""
-        names = kernel.arg_names
-        assert set(parameters) == set(names)
-
-        def is_type(value: Any) -> bool:
-            return isinstance(value, (str, tuple))
-
-        signature = {n: parameters[n] if is_type(parameters[n]) else "constexpr" for n in names}
-        constants = {n: parameters[n] for n in names if not is_type(parameters[n])}
-        source = triton.compiler.ASTSource(kernel, signature, constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert compiled.asm["cubin"]
+        compile_for(capability, kernel, **parameters)
 
     elements = {
         "input": flat,
@@ -1043,6 +1048,77 @@ def test_compiles(dtype: str, capability: int) -> None:
         sizes=(),
         COMPUTE=compute,
         **indexing,
+    )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [("fp64", 90), ("fp32", 90), ("bf16", 90), ("bf16", 80)]
+)
+def test_ce_compiles(dtype: str, capability: int) -> None:
+    real = "*fp64" if dtype == "fp64" else "*fp32"
+    logits, labels, row = (f"*{dtype}", ("i32",)), ("*i64", ("i32",)), (real, ("i32",))
+    operands = (
+        "input target gradient sample_weight grad_loss grad_lse grad_entropy loss lse entropy"
+    )
+    base = {
+        **dict.fromkeys([*operands.split(), "prediction", "correct", "weight", "normalizer"]),
+        **dict.fromkeys(["counters", "rows", "tiles", "classes", "ignore_index"], "i32"),
+        **dict.fromkeys(["denominator", "factor", "flat", "softcap", "inner_scale"], "fp64"),
+        **dict.fromkeys(["logit_scale", "z_loss"], "fp64"),
+        **dict.fromkeys(["SMOOTH", "CAPPED", "SCALED", "SQUARED", "PROBABILITIES"], False),
+        **dict.fromkeys(["ZERO_ON_EMPTY", "SHIFTED"], False),
+        "input": logits,
+        "target": labels,
+        "gradient": logits,
+        "steps": ("i32",) * 4,
+        "sums": real,
+        "ticket": "*i32",
+        "result": f"*{dtype}",
+        "counts": "*fp64",
+        "sizes": (),
+        "OF_LOSS": True,
+        "COUNTERS": ops_ce.COUNTERS,
+        "FINISH": ops_ce.FINISH,
+        "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+        "INDEX": tl.uint32,
+        "CLASS": tl.int32,
+    }
+    long = ops_ce.ROW_BYTES // {"fp64": 8, "fp32": 4, "bf16": 2}[dtype]
+    layouts = [  # one block of a few rows, of one row; many blocks, aligned or not
+        {"UNIT": 1, "SINGLE": True, "MASKED": True, "ROWS": 64, "BLOCK": 32},
+        {"UNIT": 16, "SINGLE": True, "MASKED": False, "ROWS": 1, "BLOCK": 1024},
+        {"UNIT": 16, "SINGLE": False, "MASKED": False, "ROWS": 1, "BLOCK": long},
+        {"UNIT": 16, "SINGLE": False, "MASKED": False, "ROWS": 1, "BLOCK": long, "SHIFTED": True},
+        {"UNIT": 1, "SINGLE": False, "MASKED": False, "ROWS": 128, "BLOCK": 32},
+    ]
+    stats = {"lse": row, "entropy": row, "prediction": labels, "correct": ("*u8", ("i32",))}
+    options = dict.fromkeys(["SMOOTH", "CAPPED", "SQUARED", "ZERO_ON_EMPTY"], True)
+    backward = {
+        **dict.fromkeys(["sample_weight", "grad_loss", "grad_lse", "grad_entropy"], row),
+        **dict.fromkeys(["sums", "result"]),
+    }
+    wide = {"INDEX": tl.uint64, "CLASS": tl.int64, "rows": "i64", "sizes": ("i32",)}
+    many = {"input": (f"*{dtype}", ("i32", "i64")), "target": (real, ("i32", "i64"))}
+    for layout in layouts:
+        for chosen in (
+            {},
+            {**stats, **options, "weight": "*bf16"},
+            {**backward, **options, "normalizer": "*i64", "counts": None},
+            {**wide, **many, **stats, "PROBABILITIES": True, "SCALED": True, "gradient": None},
+        ):
+            compile_for(capability, ops_ce._rows, **{**base, **layout, **chosen}, warps=8)
+    compile_for(
+        capability,
+        ops_ce._prepare,
+        weight=real,
+        **dict.fromkeys(["weight_step", "rows", "iterations", "classes", "ignore_index"], "i32"),
+        target=labels,
+        counts="*fp64",
+        ticket="*i32",
+        sizes=(),
+        INDEX=tl.uint64,
+        BLOCK=ops_ce.LABELS,
     )
 
 
