@@ -405,6 +405,9 @@ def _rows(
     if gradient is not None and OF_LOSS:
         divisor = mean_divisor(counts, counters, normalizer, denominator, COUNTERS)
         inverse = (1.0 / divisor).to(COMPUTE)
+        if counts is not None and not ZERO_ON_EMPTY:
+            # As torch's mean over labels of weight 0, with label smoothing too.
+            inverse = tl.where(divisor == 0.0, float("nan"), inverse)
 
     losses = tl.zeros([ROWS, 1], COMPUTE)
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -584,6 +587,8 @@ def _rows(
             mean = tl.sum(by_lane) / by
             if ZERO_ON_EMPTY:
                 mean = tl.where(by == 0.0, 0.0, mean)
+            elif counts is not None:
+                mean = tl.where(by == 0.0, float("nan"), mean)
             tl.store(result, cast(mean, result.dtype.element_ty))
 
 
