@@ -92,12 +92,13 @@ FUSED_CE_HOST_DEVICE double log1p_unit(double e) {
 __device__ __forceinline__ float tanh(float x) { return tanhf(x); }
 __device__ __forceinline__ double tanh(double x) { return ::tanh(x); }
 
-// exp(d) for a logit that lies d above a reference near the row's largest one; d = -inf gives 0.
-template <Precision>
+// exp(d) for a logit that lies d above a reference near the row's largest one; d = -inf gives 0
+// unless it is known to be finite.
+template <Precision, bool kFinite = false>
 __device__ __forceinline__ double exp_shifted(double d) {
   return ::exp(d);
 }
-template <Precision kPrecision>
+template <Precision kPrecision, bool kFinite = false>
 __device__ __forceinline__ float exp_shifted(float d) {
   float p = d * 1.44269502162933349609375f;
   float e;
@@ -108,7 +109,7 @@ __device__ __forceinline__ float exp_shifted(float d) {
     // What the rounding of p took: d - p ln2. At an infinite d it is NaN, and must not get into e.
     float low = fmaf(p, 1.90465430e-9f, fmaf(p, -0.693147182464599609375f, d));
     asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(p));
-    return fmaf(e, fminf(low, 0.5f), e);
+    return fmaf(e, kFinite ? low : fminf(low, 0.5f), e);
   }
 }
 

@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
 __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
   constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies
   using Vector = Group<T, kCount>;
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
   const int classes = static_cast<int>(p.classes);
   constexpr int kRows = kThreads / kGroup;
   const int lane = threadIdx.x % kGroup;
+  Vector* const slots = reinterpret_cast<Vector*>(tile) + threadIdx.x;
   float loss = 0;
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.rows.numel;
@@ -111,18 +113,18 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     const int rows = left < kRows ? static_cast<int>(left) : kRows;
     const int count = rows * classes;
     const int vectors = aligned ? count / kCount : 0;
+    const int copied = vectors - static_cast<int>(threadIdx.x);  // from this thread's first on
     {
       const T* x = static_cast<const T*>(p.input.data) + first * classes;
+      const Vector* from = reinterpret_cast<const Vector*>(x) + threadIdx.x;
       Vector raw[kVectors];
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        int v = threadIdx.x + i * kThreads;
-        if (v < vectors) raw[i] = reinterpret_cast<const Vector*>(x)[v];
+        if (i * kThreads < copied) raw[i] = from[i * kThreads];
       }
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        int v = threadIdx.x + i * kThreads;
-        if (v < vectors) reinterpret_cast<Vector*>(tile)[v] = raw[i];
+        if (i * kThreads < copied) slots[i * kThreads] = raw[i];
       }
       if (vectors * kCount != count) {
 #pragma unroll 1
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
       if (i >= kFewest && i * kGroup >= end) break;
       e[i] -= sums.reference;
       if (!kPlain && p.has_coefficients) sums.weighted += e[i];
-      e[i] = math::exp_shifted<Precision::kFull>(e[i]);
+      e[i] = math::exp_shifted<kPrecision>(e[i]);
       sums.exponentials += e[i];
     }
     sums.exponentials = warp_sum<kGroup>(sums.exponentials);
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
           if (exists) mine[i * kGroup] = from_real<T>(fmaf(e[i], factor, shift));
         }
         if (exists && label >= 0 && label % kGroup == lane) {
-          float label_e = math::exp_shifted<Precision::kFull>(label_logit - sums.reference);
+          float label_e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
           mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
         }
       } else if (exists) {
@@ -196,12 +198,10 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
       }
       __syncthreads();
       T* dx = static_cast<T*>(p.gradient.data) + first * classes;
+      Vector* to = reinterpret_cast<Vector*>(dx) + threadIdx.x;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        int v = threadIdx.x + i * kThreads;
-        if (v < vectors) {
-          reinterpret_cast<Vector*>(dx)[v] = reinterpret_cast<const Vector*>(tile)[v];
-        }
+        if (i * kThreads < copied) to[i * kThreads] = slots[i * kThreads];
       }
       if (vectors * kCount != count) {
 #pragma unroll 1
@@ -219,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
 template <class T, bool kGradient, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 4)
     pair_kernel(const __grid_constant__ SoftmaxCeParams p) {
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kRows = 8 / sizeof(T);
   using Vector = Group<T, 2 * kRows>;
   const Scale factors = load_scale(p);
@@ -232,9 +233,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     float other;     // the probability of the other class
   };
   // `margin` is that of the other class over the label's.
-  auto pair_of = [](float margin) {
+  auto pair_of = []<bool kFinite>(float margin, std::bool_constant<kFinite>) {
     Pair r;
-    r.e = math::exp_shifted<Precision::kFull>(-fabsf(margin));
+    r.e = math::exp_shifted<kPrecision, kFinite>(-fabsf(margin));
     r.upper = math::reciprocal(1 + r.e);
     r.log_sum = math::log1p_unit<Precision::kFull>(r.e);
     r.loss = fmaxf(margin, 0.0f) + r.log_sum;
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       float margin = target.label == 1 ? l0 - l1 : l1 - l0;
       // An infinite logit makes the row NaN, as in torch, unless it is the smaller one.
       float top = fmaxf(l0, l1);
-      Pair r = pair_of(top > kGreatest<float> ? quiet_nan<float>() : margin);
+      Pair r = pair_of(top > kGreatest<float> ? quiet_nan<float>() : margin, std::false_type());
       result.loss = target.weight * r.loss;
       float g = target.weight * r.other;
       if (p.has_coefficients) {
@@ -291,49 +292,54 @@ __global__ void __launch_bounds__(kThreads, 4)
   };
 
   // The plain loss of a vector in a straight line. False, having done nothing, where a label is out
-  // of bounds or a logit infinite.
-  auto evaluate_plain = [&](const int64_t* labels, float (&values)[2 * kRows]) {
-    float sum = 0;
+  // of bounds or the logits too far apart for the exponential's correction.
+  constexpr float kWidest = 1e4f;
+  auto evaluate_plain = [&](const int64_t* labels, const float (&values)[2 * kRows],
+                            float (&gradients)[2 * kRows]) {
+    float sum = 0, widest = 0;
     bool is_rare = false;
-    float gradients[2 * kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       int64_t label = labels[i];
       bool is_kept = label != p.ignore_index, is_second = label == 1;
       float difference = values[2 * i + 1] - values[2 * i];
-      float margin = is_second ? -difference : difference;
       is_rare |= static_cast<uint64_t>(label) > 1 && is_kept;
-      is_rare |= fabsf(margin) > kGreatest<float>;
-      Pair r = pair_of(margin);
+      widest = i == 0 ? fabsf(difference) : fmaxf(widest, fabsf(difference));
+      Pair r = pair_of(is_second ? -difference : difference, std::true_type());
       sum += is_kept ? r.loss : 0.0f;
       gradients[2 * i + 1] = is_kept ? r.other * (is_second ? -scale : scale) : 0.0f;
       gradients[2 * i] = -gradients[2 * i + 1];
     }
-    if (is_rare) return false;
+    if (is_rare || widest > kWidest) return false;
     loss += sum;
-#pragma unroll
-    for (int i = 0; i < 2 * kRows; ++i) values[i] = gradients[i];
     return true;
   };
 
   int64_t vectors = p.rows.numel / kRows;
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t v = at; v < vectors; v += step) {
-    Vector raw = static_cast<const Vector*>(p.input.data)[v];
+  const Vector* from = static_cast<const Vector*>(p.input.data) + at;
+  Vector* to = static_cast<Vector*>(p.gradient.data) + at;
+  const int64_t* labels = static_cast<const int64_t*>(p.target.data) + at * kRows;  // where plain
+  for (int64_t v = at; v < vectors; v += step, from += step, to += step, labels += step * kRows) {
+    Vector raw = *from;
     float values[2 * kRows];
     unpack(raw, values);
-    bool done = false;
     if constexpr (kPlain) {
-      done = evaluate_plain(static_cast<const int64_t*>(p.target.data) + v * kRows, values);
+      float gradients[2 * kRows];
+      if (evaluate_plain(labels, values, gradients)) {
+        if constexpr (kGradient) {
+          pack(gradients, raw);
+          *to = raw;
+        }
+        continue;
+      }
     }
-    if (!done) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
-    }
+    for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
     if constexpr (kGradient) {
       pack(values, raw);
-      static_cast<Vector*>(p.gradient.data)[v] = raw;
+      *to = raw;
     }
   }
   int64_t row = vectors * kRows + at;
