@@ -216,7 +216,9 @@ __device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
     loss = target.weight * (result.log_sum - (label_logit - sums.reference));
   }
   if (!kPlain && p.has_coefficients && p.classes > 0) {
-    loss += sums.coefficients * result.log_sum - sums.weighted;
+    Real spread = sums.coefficients * result.log_sum - sums.weighted;
+    // An infinite probability makes both terms infinite, of either sign.
+    loss += sums.coefficients > kGreatest<Real> ? sums.coefficients : spread;
   }
   Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
   if (z_loss != 0) loss += z_loss * result.lse * result.lse;
