@@ -1,4 +1,7 @@
-// Softmax cross entropy on CUDA.
+// Softmax cross entropy on CUDA: the first of its two kernels, which finds the mean's denominator,
+// the one that takes everything, and the choice among the second ones. Those for labels and plain
+// options are in softmax_ce_rows.cu (many classes, dense) and softmax_ce_few.cu (few classes, or
+// classes that lie apart). All of them reduce the rows' losses in the block that ends last.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
