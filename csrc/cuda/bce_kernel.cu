@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     general_kernel(const __grid_constant__ BceKernelParams p) {
   double denominator = p.denominator;
   if (p.counts_kept) {

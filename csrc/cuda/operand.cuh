@@ -201,11 +201,10 @@ __device__ __forceinline__ void with_float_type(Dtype dtype, F f) {
 
 __device__ __forceinline__ int64_t offset_of(const CudaOperand& operand, const CudaSpace& space,
                                              int64_t index) {
-  int last = space.rank - 1;
-  if (last == 0) return index * operand.strides[0];
   if (operand.access == CudaOperand::kFlat) return index;
   if (operand.access == CudaOperand::kScalar) return 0;
   int64_t offset = 0;
+  int last = space.rank - 1;
 #pragma unroll 1
   for (int d = 0; d < last; ++d) {
     // The estimate is the quotient or one less.

@@ -20,8 +20,8 @@ void run_cuda(const SoftmaxCeArguments& a, const Tensor& input) {
   SoftmaxCePlan plan = plan_softmax_ce(a, device_limits(device_index));
   std::optional<Tensor> workspace;
   if (plan.workspace_bytes > 0) workspace = device_memory(input, plan.workspace_bytes);
-  launch_softmax_ce(a, plan, workspace ? workspace->data_ptr() : nullptr, shared_report(),
-                    current_stream(device_index));
+  launch_softmax_ce(a, plan, workspace ? workspace->data_ptr() : nullptr,
+                    a.has_probabilities ? nullptr : shared_report(), current_stream(device_index));
   check_launch();
 }
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 4)
        row += step) {
     RowTarget<float> target = load_target<float>(p, row);
     bool reads = target.is_kept || p.reads_all;
-    const T* x = static_cast<const T*>(p.input.data) + offset_of(p.input, p.rows, row);
+    const T* x = static_cast<const T*>(p.input.data) + row_offset(p.input, p.rows, row);
     RowSums<float, false> sums = RowSums<float, false>::none();
     RowResult<float> result{};
     float label_logit = 0;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     store_result(p, row, result);
 
     if constexpr (kGradient) {
-      T* dx = static_cast<T*>(p.gradient.data) + offset_of(p.gradient, p.rows, row);
+      T* dx = static_cast<T*>(p.gradient.data) + row_offset(p.gradient, p.rows, row);
       if (!reads || !has_gradient(p, target)) {
         for (int64_t c = 0; c < p.classes; ++c) dx[c * p.gradient_stride] = from_real<T>(0.0f);
         continue;

@@ -1,4 +1,7 @@
-// Softmax cross entropy on CUDA.
+// Softmax cross entropy on CUDA: the first of its two kernels, which finds the mean's denominator,
+// the one that takes everything, and the choice among the second ones. Those for labels and plain
+// options are in softmax_ce_rows.cu (many classes, dense) and softmax_ce_few.cu (few classes, or
+// classes that lie apart). All of them reduce the rows' losses in the block that ends last.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -36,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
     for (row += batches * kBatch * kThreads; row < p.rows.numel; row += step) count(labels[row]);
   } else {
     for (; row < p.rows.numel; row += step) {
-      int64_t label = load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
+      int64_t label = load_label(p.target.data, p.target.dtype, row_offset(p.target, p.rows, row));
       if (label == p.ignore_index) continue;
       if (p.weight.data == nullptr) {
         ++kept;
@@ -112,9 +115,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     Real label_logit = 0;
     if (exists) {
       target = load_target<Real>(p, row);
-      r.input = offset_of(p.input, p.rows, row);
-      if (p.has_probabilities) r.target = offset_of(p.target, p.rows, row);
-      if (p.gradient.data != nullptr) r.gradient = offset_of(p.gradient, p.rows, row);
+      r.input = row_offset(p.input, p.rows, row);
+      if (p.has_probabilities) r.target = row_offset(p.target, p.rows, row);
+      if (p.gradient.data != nullptr) r.gradient = row_offset(p.gradient, p.rows, row);
       if (target.is_kept && target.label >= 0) label_logit = r.logit(target.label).value;
     }
     bool reads = exists && (target.is_kept || p.reads_all);
@@ -164,11 +167,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       loss += result.loss;
       store_result(p, row, result);
       if (p.prediction.data != nullptr) {
-        static_cast<int64_t*>(p.prediction.data)[offset_of(p.prediction, p.rows, row)] = top.index;
+        static_cast<int64_t*>(p.prediction.data)[row_offset(p.prediction, p.rows, row)] = top.index;
       }
       if (p.correct.data != nullptr) {
         int64_t wanted = p.has_probabilities ? top_target.index : target.label;
-        static_cast<bool*>(p.correct.data)[offset_of(p.correct, p.rows, row)] =
+        static_cast<bool*>(p.correct.data)[row_offset(p.correct, p.rows, row)] =
             target.is_kept && wanted == top.index;
       }
     }

@@ -48,6 +48,9 @@ struct SoftmaxCeParams {
 };
 
 struct SoftmaxCePlan {
+  // Who takes a row: by options or dtypes, anything up to a block; a thread, where classes lie
+  // apart; of dense ones, a thread (two classes), a few lanes, a warp, a block, a cluster of
+  // blocks.
   enum Kernel { kGeneral, kSpread, kPair, kFew, kWarp, kBlock, kCluster };
   Kernel kernel;
   int group;         // threads a row, of a warp or the block

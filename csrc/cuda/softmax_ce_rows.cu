@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
     bool reads = target.is_kept || p.reads_all;
     const T* x = static_cast<const T*>(p.input.data);
     T* dx = static_cast<T*>(p.gradient.data);
-    x += offset_of(p.input, p.rows, row);
-    if constexpr (kGradient) dx += offset_of(p.gradient, p.rows, row);
+    x += row_offset(p.input, p.rows, row);
+    if constexpr (kGradient) dx += row_offset(p.gradient, p.rows, row);
     int head = static_cast<int>(-reinterpret_cast<intptr_t>(x) & 15) / static_cast<int>(sizeof(T));
     if (head > classes) head = classes;
     int vectors = (classes - head) / kCount;

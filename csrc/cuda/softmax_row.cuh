@@ -18,6 +18,12 @@ __device__ __forceinline__ Real quiet_nan() {
   return static_cast<Real>(__int_as_float(0x7fc00000));
 }
 
+// Most rows merge to one dimension.
+__device__ __forceinline__ int64_t row_offset(const CudaOperand& operand, const CudaSpace& rows,
+                                              int64_t row) {
+  return rows.rank == 1 ? row * operand.strides[0] : offset_of(operand, rows, row);
+}
+
 template <class Real>
 __device__ __forceinline__ const SoftmaxCeConstants<Real>& constants(const SoftmaxCeParams& p) {
   if constexpr (std::is_same_v<Real, float>) {
@@ -168,7 +174,7 @@ __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p,
   if (kPlain || !p.has_probabilities) {
     int64_t label =
         kPlain ? static_cast<const int64_t*>(p.target.data)[row]
-               : load_label(p.target.data, p.target.dtype, offset_of(p.target, p.rows, row));
+               : load_label(p.target.data, p.target.dtype, row_offset(p.target, p.rows, row));
     target.is_kept = label != p.ignore_index;
     bool is_valid = static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes);
     target.label = is_valid && target.is_kept ? label : -1;
