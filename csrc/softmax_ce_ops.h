@@ -129,6 +129,8 @@ SoftmaxCeResults run_softmax_ce(SoftmaxCeArguments& a, const Tensor& input, Scal
     a.loss.data = loss.data_ptr();
     a.loss.dtype = dtype_of(dtype);
   }
+  // These are of the computing type.
+  a.half_precision &= !(outputs & (kLse | kEntropy));
   Tensor lse = row_output(a.lse, a, input, real, outputs & kLse);
   Tensor entropy = row_output(a.entropy, a, input, real, outputs & kEntropy);
   Tensor prediction = row_output(a.prediction, a, input, ScalarType::Long, outputs & kPrediction);

@@ -14,6 +14,7 @@ namespace {
 constexpr int kRowsAtOnce = 512;
 constexpr int kClassBlock = 4096;
 constexpr int kRowBlock = 16384;
+constexpr int kClassesPerSum = 16;
 // From so many classes on, a vector holds classes.
 constexpr int64_t kManyClasses = 64;
 
@@ -32,8 +33,7 @@ struct RowBuffers {
 // The operand's classes of one row, or one class of its rows, as an operand of one dimension.
 inline Operand classes_of(const ClassOperand& operand, const IndexSpace& rows, int64_t row) {
   Operand classes;
-  int64_t offset = operand.class_stride == 0 && rows.numel == 0 ? 0 : offset_of(operand, rows, row);
-  classes.data = address_of(operand, offset);
+  classes.data = address_of(operand, offset_of(operand, rows, row));
   classes.dtype = operand.dtype;
   classes.strides[0] = operand.class_stride;
   return classes;
@@ -560,11 +560,28 @@ struct RowWise {
   static constexpr int kWidth = Computing<Real>::kStep / 2;
   static constexpr bool kAll = kTerms == Terms::kAll;
 
+  // SoftmaxSums of each row.
+  struct Sums {
+    alignas(64) Real reference[kRowsAtOnce], exponentials[kRowsAtOnce],
+        coefficients[kRowsAtOnce], cost[kRowsAtOnce], entropy[kRowsAtOnce];
+
+    SoftmaxSums<V> at(int i) const {
+      return {load(reference + i), load(exponentials + i), load(coefficients + i), load(cost + i),
+              load(entropy + i)};
+    }
+    void put(int i, const SoftmaxSums<V>& sums) {
+      store(reference + i, sums.reference);
+      store(exponentials + i, sums.exponentials);
+      store(coefficients + i, sums.coefficients);
+      store(cost + i, sums.cost);
+      store(entropy + i, sums.entropy);
+    }
+  };
+
   struct Buffers {
     alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][rows]
     alignas(64) Real coefficients[kRowsAtOnce];
-    alignas(64) Real reference[kRowsAtOnce], exponentials[kRowsAtOnce],
-        sum_of_coefficients[kRowsAtOnce], cost[kRowsAtOnce], sum_of_entropy[kRowsAtOnce];
+    Sums sums, part;
     alignas(64) Real factor[4][kRowsAtOnce];
     Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
   };
@@ -579,11 +596,6 @@ struct RowWise {
     one.data = address_of(operand, c * operand.class_stride);
     return one;
   }
-  SoftmaxSums<V> sums_at(int i) {
-    return {load(b.reference + i), load(b.exponentials + i), load(b.sum_of_coefficients + i),
-            load(b.cost + i), load(b.sum_of_entropy + i)};
-  }
-
   void fill(int64_t begin, int count, int stride, int64_t c, int classes, bool slopes) {
     for (int k = 0; k < classes; ++k) {
       Real* to = b.logits + k * stride;
@@ -625,45 +637,58 @@ struct RowWise {
     const bool coefficients = kAll && options.has_coefficients;
     const bool entropy = kAll && options.has_entropy;
     for (int i = 0; i < stride; i += kWidth) {
-      SoftmaxSums<V> sums = sums_at(i);
+      SoftmaxSums<V> sums = b.sums.at(i);
       V top = load(b.logits + i);
       for (int k = 1; k < classes; ++k) {
         top = math::Machine<V>::greater(load(b.logits + k * stride + i), top);
       }
       admit(sums, top, coefficients, entropy);
-      if (!coefficients) {
-        // A block's terms are added up by themselves: the rounding of long sums stays small.
-        SoftmaxSums<V> part{};
+      b.sums.put(i, sums);
+    }
+    // The terms of a few classes are added up by themselves: the rounding of long sums stays small.
+    for (int first = 0; first < classes; first += kClassesPerSum) {
+      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+      if (coefficients) {
+        add_weighted(begin, count, stride, c, first, last, keeps);
+        continue;
+      }
+      for (int i = 0; i < stride; i += kWidth) {
+        SoftmaxSums<V> sums = b.sums.at(i), part{};
         V reference = finite_reference(sums.reference);
-        for (int k = 0; k < classes; ++k) {
+        for (int k = first; k < last; ++k) {
           Real* at = b.logits + k * stride + i;
           V e = add_logit<kPrecision>(part, reference, load(at), V{}, false, entropy);
           if (keeps) store(at, e);
         }
-        sums.exponentials += part.exponentials;
-        sums.entropy += part.entropy;
-      }
-      store_sums(i, sums);
-    }
-    if (!coefficients) return;
-    for (int k = 0; k < classes; ++k) {
-      fill_coefficients(begin, count, stride, c + k);
-      for (int i = 0; i < stride; i += kWidth) {
-        SoftmaxSums<V> sums = sums_at(i);
-        Real* at = b.logits + k * stride + i;
-        V e = add_logit<kPrecision>(sums, finite_reference(sums.reference), load(at),
-                                    load(b.coefficients + i), true, entropy);
-        if (keeps) store(at, e);
-        store_sums(i, sums);
+        b.sums.put(i, sum_of(sums, part));
       }
     }
   }
-  void store_sums(int i, const SoftmaxSums<V>& sums) {
-    store(b.reference + i, sums.reference);
-    store(b.exponentials + i, sums.exponentials);
-    store(b.sum_of_coefficients + i, sums.coefficients);
-    store(b.cost + i, sums.cost);
-    store(b.sum_of_entropy + i, sums.entropy);
+
+  static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part) {
+    return {sums.reference, sums.exponentials + part.exponentials,
+            sums.coefficients + part.coefficients, sums.cost + part.cost,
+            sums.entropy + part.entropy};
+  }
+
+  // Classes c + first .. c + last, whose coefficients are read one class at a time.
+  void add_weighted(int64_t begin, int count, int stride, int64_t c, int first, int last,
+                    bool keeps) {
+    for (int i = 0; i < stride; i += kWidth) b.part.put(i, SoftmaxSums<V>{});
+    for (int k = first; k < last; ++k) {
+      fill_coefficients(begin, count, stride, c + k);
+      for (int i = 0; i < stride; i += kWidth) {
+        SoftmaxSums<V> part = b.part.at(i);
+        Real* at = b.logits + k * stride + i;
+        V e = add_logit<kPrecision>(part, finite_reference(load(b.sums.reference + i)), load(at),
+                                    load(b.coefficients + i), true, options.has_entropy);
+        if (keeps) store(at, e);
+        b.part.put(i, part);
+      }
+    }
+    for (int i = 0; i < stride; i += kWidth) {
+      b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i)));
+    }
   }
 
   void write_gradient(int64_t begin, int count, int stride, int64_t c, int classes, bool kept) {
@@ -678,7 +703,7 @@ struct RowWise {
         V coefficient = coefficients ? load(b.coefficients + i) : V{};
         V below{}, e = load(values + i);
         if (!kept) {
-          below = finite_reference(load(b.reference + i)) - e;
+          below = finite_reference(load(b.sums.reference + i)) - e;
           e = math::exp_negative<kPrecision>(below);
         }
         store(values + i,
@@ -708,8 +733,8 @@ struct RowWise {
     bool single = a.classes <= block;
     bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
     for (int i = 0; i < stride; ++i) {
-      b.reference[i] = -static_cast<Real>(INFINITY);
-      b.exponentials[i] = b.sum_of_coefficients[i] = b.cost[i] = b.sum_of_entropy[i] = 0;
+      b.sums.reference[i] = -static_cast<Real>(INFINITY);
+      b.sums.exponentials[i] = b.sums.coefficients[i] = b.sums.cost[i] = b.sums.entropy[i] = 0;
     }
     for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
     for (int i = count; i < stride; ++i) {
@@ -723,7 +748,7 @@ struct RowWise {
     }
     const V z_loss = V{} + options.z_loss;
     for (int i = 0; i < stride; i += kWidth) {
-      SoftmaxSums<V> sums = sums_at(i);
+      SoftmaxSums<V> sums = b.sums.at(i);
       sums.reference = finite_reference(sums.reference);
       V label_weight = load(rows.label_weight + i);
       auto row = SoftmaxRow<V>::evaluate(sums, !a.has_probabilities, label_weight,
@@ -802,7 +827,8 @@ double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end,
 double softmax_ce_chunk_any(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
                             BadLabel* bad) {
   // Neighbouring rows are neighbours in memory.
-  bool in_columns = a.input.class_stride != 1 && a.input.strides[0] == 1;
+  bool in_columns =
+      a.input.class_stride != 1 && a.input.strides[0] == 1 && a.rows.sizes[0] >= kLanes;
   if (a.classes < kManyClasses || in_columns) {
     const Options<float> options(a);
     bool plain = !options.has_coefficients && !options.has_entropy;
