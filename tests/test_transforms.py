@@ -825,8 +825,7 @@ def test_cuda_graph(form: Form) -> None:
 @can_capture
 @pytest.mark.parametrize("classes", [2, 37, 1025, 50257])
 def test_cuda_graph_of_classes(classes: int) -> None:
-    for dtype in (torch.float32, torch.float16):  # which is differentiated in backward
-        check_cuda_graph(
-            lambda x, t: cross_entropy(x, t, label_smoothing=0.1),
-            lambda dtype=dtype: (torch.randn(33, classes).to(dtype), torch.randint(classes, (33,))),
-        )
+    check_cuda_graph(
+        lambda x, t: cross_entropy(x, t, label_smoothing=0.1),
+        lambda: (torch.randn(33, classes), torch.randint(classes, (33,))),
+    )
