@@ -55,10 +55,7 @@ void run_cpu(const BceArguments& a, const Tensor&) {
     throw std::runtime_error("all elements of target should be between 0 and 1");
   }
   if (!a.loss || a.reduction == Reduction::kNone) return;
-  Sum sum;
-  for (int64_t i = 0; i < chunks; ++i) sum.add(sums[i]);
-  double total = sum.total();
-  store_scalar(a.loss, denominator == 0 ? total * inverse : total / denominator);
+  store_reduced(a.loss, sums, chunks, denominator, inverse);
 }
 
 }  // namespace

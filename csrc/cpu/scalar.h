@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../elementwise.h"
+#include "body.h"
 
 namespace fused_ce {
 
@@ -49,6 +50,15 @@ inline void store_scalar(const Operand& operand, double value) {
     default:
       *static_cast<float*>(p) = static_cast<float>(value);
   }
+}
+
+// The reduced loss: the chunks' sums over the denominator, or, where that is 0, times its inverse.
+inline void store_reduced(const Operand& loss, const double* sums,  // [chunks]
+                          int64_t chunks, double denominator, double inverse) {
+  Sum sum;
+  for (int64_t i = 0; i < chunks; ++i) sum.add(sums[i]);
+  double total = sum.total();
+  store_scalar(loss, denominator == 0 ? total * inverse : total / denominator);
 }
 
 }  // namespace fused_ce

@@ -66,10 +66,7 @@ void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
     throw std::runtime_error("Target " + std::to_string(bad.label) + " is out of bounds.");
   }
   if (!a.loss || a.reduction == Reduction::kNone) return;
-  Sum sum;
-  for (int64_t i = 0; i < chunks; ++i) sum.add(sums[i]);
-  double total = sum.total();
-  store_scalar(a.loss, denominator == 0 ? total * inverse : total / denominator);
+  store_reduced(a.loss, sums.get(), chunks, denominator, inverse);
 }
 
 }  // namespace

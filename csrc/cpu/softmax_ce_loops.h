@@ -263,8 +263,7 @@ FUSED_CE_HOST_DEVICE V gradient_of(const SoftmaxGradient<V>& factors, V e, V bel
 // Whether a loop deals with coefficients and entropies.
 enum class Terms { kPlain, kAll };
 
-// ---- a vector holds classes
-// ----------------------------------------------------------------------
+// ---- a vector holds classes ----
 
 template <class T>
 auto block_max(const T* x, int count) {  // [count]
@@ -551,8 +550,7 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
   return sum.total();
 }
 
-// ---- a vector holds rows
-// -------------------------------------------------------------------------
+// ---- a vector holds rows ----
 
 template <class Real, Terms kTerms, Precision kPrecision>
 struct RowWise {
