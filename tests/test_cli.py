@@ -194,8 +194,13 @@ def test_vocabularies_are_plotted_and_absent_rivals_named(tmp_path, capsys):
 
 def test_what_a_rival_cannot_do():
     flash = RIVALS["flash-attn"]
-    installed = dataclasses.replace(flash, package="torch")
-    assert flash.package == "flash_attn"
+    installed = dataclasses.replace(flash, module="torch.nn")
+    broken = dataclasses.replace(flash, module="torch.not_there")
+    absent = dataclasses.replace(flash, module="no_such_package.losses")
+    assert absent.missing("plain", 2, "cuda") == "not installed"
+    assert broken.missing("plain", 2, "cuda") == (
+        "cannot be imported: No module named 'torch.not_there'"
+    )
     assert installed.missing("plain", 2, "cuda") is None
     assert installed.missing("plain", 2, "cpu") == "needs a GPU"
     assert installed.missing("plain", 4, "cuda") == "takes rows x classes only"

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,24 +44,33 @@ class Case:
 
 @dataclass(frozen=True)
 class Rival:
-    function: Callable[[Case], Function]  # imports what it needs when called
-    package: str | None = None  # that has to be installed, and needs a GPU
+    function: Callable[[Case, Any], Function]  # of the case and of what was imported
+    module: str | None = None  # of another package, which needs a GPU
     cases: tuple[str, ...] = ()  # that such a package can do
     unless: str = "has no such option"  # why not the others
 
+    def contender(self, case: Case) -> Function:
+        return self.function(case, self.module and importlib.import_module(self.module))
+
     def missing(self, case: str, dimensions: int, device: str) -> str | None:
         """Why it cannot take part, if it cannot."""
-        if self.package is None:
+        if self.module is None:
             return None
         if not self.cases:
             return self.unless
-        if importlib.util.find_spec(self.package) is None:
+        if importlib.util.find_spec(self.module.split(".")[0]) is None:
             return "not installed"
         if torch.device(device).type == "cpu":
             return "needs a GPU"
         if case not in self.cases:
             return self.unless
-        return "takes rows x classes only" if dimensions != 2 else None
+        if dimensions != 2:
+            return "takes rows x classes only"
+        try:
+            importlib.import_module(self.module)
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -99,49 +109,52 @@ def exact(case: Case, loss: Loss, inputs: Inputs) -> tuple[float, Tensor]:
     return total / count, gradient.div_(count)
 
 
-def _eager(case: Case) -> Function:
+def _eager(case: Case, _: None) -> Function:
     return case.torch
 
 
-def _compile(case: Case) -> Function:
+def _compile(case: Case, _: None) -> Function:
     # A kernel for exactly this shape, which is the fastest; the reset keeps dynamo from counting
     # earlier sizes against its limit of recompilations.
     torch.compiler.reset()
     return torch.compile(case.torch, fullgraph=True, dynamic=False)
 
 
-def _liger(case: Case) -> Function:
-    function: Function = importlib.import_module(
-        "liger_kernel.transformers.functional"
-    ).liger_cross_entropy
-    return function
+def _liger(_: Case, module: Any) -> Function:
+    return module.liger_cross_entropy  # type: ignore[no-any-return]
 
 
-def _quack(case: Case) -> Function:
-    function: Function = importlib.import_module("quack.cross_entropy").cross_entropy
-    return partial(function, inplace_backward=case.inplace)
+def _quack(case: Case, module: Any) -> Function:
+    return partial(module.cross_entropy, inplace_backward=case.inplace)
 
 
-def _flash_attn(case: Case) -> Function:
-    module = importlib.import_module("flash_attn.losses.cross_entropy")
+def _flash_attn(case: Case, module: Any) -> Function:
     smoothing = case.torch.keywords if isinstance(case.torch, partial) else {}
-    function: Function = module.CrossEntropyLoss(inplace_backward=case.inplace, **smoothing)
-    return function
+    return module.CrossEntropyLoss(inplace_backward=case.inplace, **smoothing)  # type: ignore[no-any-return]
 
 
-def _no_logits(case: Case) -> Function:
+def _no_logits(_: Case, module: Any) -> Function:
     raise NotImplementedError("cut-cross-entropy takes embeddings and a classifier, not logits")
 
 
 RIVALS = {
     "eager": Rival(_eager),
     "compile": Rival(_compile),
-    "liger-kernel": Rival(_liger, "liger_kernel", ("inplace",), "always overwrites the logits"),
+    "liger-kernel": Rival(
+        _liger,
+        "liger_kernel.transformers.functional",
+        ("inplace",),
+        "always overwrites the logits",
+    ),
     "cut-cross-entropy": Rival(
         _no_logits, "cut_cross_entropy", (), "takes embeddings and a classifier, not logits"
     ),
-    "quack-kernels": Rival(_quack, "quack", ("plain", "ignored", "inplace")),
-    "flash-attn": Rival(_flash_attn, "flash_attn", ("plain", "smoothing", "ignored", "inplace")),
+    "quack-kernels": Rival(_quack, "quack.cross_entropy", ("plain", "ignored", "inplace")),
+    "flash-attn": Rival(
+        _flash_attn,
+        "flash_attn.losses.cross_entropy",
+        ("plain", "smoothing", "ignored", "inplace"),
+    ),
 }
 
 

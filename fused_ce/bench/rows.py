@@ -50,7 +50,7 @@ class Row:
     def contenders(self, rivals: list[str]) -> dict[str, Function]:
         case = self.entry()[1]
         able = [name for name in rivals if self.missing(name) is None]
-        return {OURS: case.fused, **{name: RIVALS[name].function(case) for name in able}}
+        return {OURS: case.fused, **{name: RIVALS[name].contender(case) for name in able}}
 
     def missing(self, rival: str) -> str | None:
         return RIVALS[rival].missing(self.case, len(parse_size(self.size)), self.device)
