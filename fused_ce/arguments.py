@@ -30,8 +30,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_autocast_enabled(input: Tensor) -> bool:
-    # The meta device has no autocast; asking for it raises.
-    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    # Asking first whether any device has it costs a tenth of asking for the input's by name. The
+    # meta device has no autocast, and asking for it raises.
+    return (
+        torch._C._is_any_autocast_enabled()
+        and not input.is_meta
+        and torch.is_autocast_enabled(input.device.type)
+    )
 
 
 def on_device(tensor: Tensor, input: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ce.arguments import raise_index_error
+
+_scale_op = torch.ops.fused_ce._scale_.default
+
 
 def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -92,22 +96,72 @@ def forward_gradient(input: Tensor, overwritten: Overwritten | None) -> Tensor |
     return None
 
 
-def is_composed(grad_outputs: Sequence[Tensor | None], overwritten: Overwritten | None) -> bool:
-    """Whether this backward has to be differentiable, or batched."""
-    # is_grads_batched=True comes with the batched tensors that functorch's replaced elsewhere.
+def gradients(
+    ctx: Any,
+    tensors: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+    function: Callable[..., Sequence[Tensor]],
+    write: Callable[[Tensor, Tensor], None],
+) -> Sequence[Tensor | None]:
+    """The gradients of the logits, which are the first of the tensors, and of those that follow.
+
+    That of the logits is the one that the forward pass has written, scaled, if only the loss has
+    an upstream gradient; else `write` computes it from the logits into its second argument. The
+    others, and all of them where they must be differentiable, are composed from `function`, the
+    loss in torch's operations.
+    """
+    # A graph of this backward is wanted, or it is batched (is_grads_batched=True comes with the
+    # batched tensors that functorch's replaced elsewhere).
     composed = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    count = 0
     for grad in grad_outputs:
-        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
-            composed = True
-    if composed and overwritten is not None:
-        raise RuntimeError(
-            "a loss with inplace_backward=True has no second derivative and no batched gradient: "
-            "its logits are overwritten"
-        )
-    return composed
+        if grad is not None:
+            count += 1
+            composed = composed or torch._C._functorch.is_legacy_batchedtensor(grad)
+    if count == 0:
+        return [None] * len(tensors)
+    needs = ctx.needs_input_grad[: len(tensors)]
+    overwritten, gradient = ctx.overwritten, ctx.gradient
+    if overwritten is not None:
+        overwritten.check(gradient is not None)
+        tensors = (overwritten.logits, *tensors[1:])
+    if composed:
+        if overwritten is not None:
+            raise RuntimeError(
+                "a loss with inplace_backward=True has no second derivative and no batched "
+                "gradient: its logits are overwritten"
+            )
+        return _composed(function, tensors, needs, grad_outputs)
+    found: list[Tensor | None] = [None] * len(tensors)
+    if True in needs[1:]:
+        if overwritten is not None and overwritten.holds_gradient:
+            raise RuntimeError(
+                "inplace_backward=True with a target or weight that requires grad: the logits "
+                "that its gradient needs are overwritten"
+            )
+        found = _composed(function, tensors, (False, *needs[1:]), grad_outputs)
+    if not needs[0]:
+        return found
+    ctx.gradient = None
+    logits, grad_loss = tensors[0], grad_outputs[0]
+    assert logits is not None
+    if gradient is not None and grad_loss is not None and count == 1:
+        _scale_op(gradient, grad_loss)
+    else:
+        if gradient is None:
+            gradient = torch.empty_like(logits) if overwritten is None else logits
+        try:
+            write(logits, gradient)
+        except RuntimeError as error:  # what an earlier call has found on CUDA
+            raise_index_error(str(error))
+            raise
+        if overwritten is not None:
+            overwritten.holds_gradient = True
+    found[0] = gradient
+    return found
 
 
-def composed_gradients(
+def _composed(
     function: Callable[..., Sequence[Tensor]],
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],

@@ -31,9 +31,8 @@ from fused_ce.arguments import (
 from fused_ce.autograd import (
     Overwritten,
     apply_overwriting,
-    composed_gradients,
     forward_gradient,
-    is_composed,
+    gradients,
     transforms_active,
 )
 from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
@@ -41,7 +40,6 @@ from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
 _bce_op = torch.ops.fused_ce._bce.default
 _bce_with_gradient_op = torch.ops.fused_ce._bce_with_gradient.default
 _bce_backward_op = torch.ops.fused_ce._bce_backward.default
-_scale_op = torch.ops.fused_ce._scale_.default
 
 
 def binary_cross_entropy_with_logits(
@@ -451,7 +449,7 @@ def _apply(
         return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
         if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `composed_gradients`.
+            # Dynamo cannot trace the torch.autograd.grad of `gradients`.
             return reference.bce(*arguments, *options)
         return _BCE.apply(*arguments, options, None)  # type: ignore[no-any-return,no-untyped-call]
     if inplace and input.requires_grad:
@@ -511,44 +509,16 @@ class _BCE(torch.autograd.Function):
             )
             return (gradient, *(None,) * 6)
 
-        needs = ctx.needs_input_grad[:4]
-        overwritten, gradient = ctx.overwritten, ctx.gradient
-        if overwritten is not None:
-            overwritten.check(gradient is not None)
-            input = overwritten.logits
-        tensors = (input, target, weight, pos_weight)
+        others = (target, weight, pos_weight)
 
-        def composed(needs: tuple[bool, ...]) -> list[Tensor | None]:
-            def function(*tensors: Any) -> tuple[Tensor]:
-                return (reference.bce(*(*tensors, normalizer, *ctx.options)),)
+        def function(*tensors: Any) -> tuple[Tensor]:
+            return (reference.bce(*(*tensors, normalizer, *ctx.options)),)
 
-            return composed_gradients(function, tensors, needs, (grad_output,))
+        def write(logits: Tensor, gradient: Tensor) -> None:
+            _bce_backward_op(grad_output, logits, *others, normalizer, *ctx.options, gradient)
 
-        if is_composed((grad_output,), overwritten):
-            return (*composed(needs), None, None, None)
-        others: list[Tensor | None] = [None, None, None]
-        if any(needs[1:]):
-            if overwritten is not None and overwritten.holds_gradient:
-                raise RuntimeError(
-                    "inplace_backward=True with a target or weight that requires grad: the logits "
-                    "that its gradient needs are overwritten"
-                )
-            others = composed((False, *needs[1:]))[1:]
-        if not needs[0]:
-            return (None, *others, None, None, None)
-        if gradient is not None:
-            ctx.gradient = None
-            _scale_op(gradient, grad_output)
-        else:
-            gradient = torch.empty_like(input) if overwritten is None else input
-            try:
-                _bce_backward_op(grad_output, *tensors, normalizer, *ctx.options, gradient)
-            except RuntimeError as error:
-                raise_index_error(str(error))
-                raise
-            if overwritten is not None:
-                overwritten.holds_gradient = True
-        return (gradient, *others, None, None, None)
+        found = gradients(ctx, (input, *others), (grad_output,), function, write)
+        return (*found, None, None, None)
 
 
 # `_BCE.apply` without its layer for functorch's tensors, which `_apply` has sent elsewhere: 1.5 of

@@ -32,9 +32,8 @@ from fused_ce.arguments import (
 from fused_ce.autograd import (
     Overwritten,
     apply_overwriting,
-    composed_gradients,
     forward_gradient,
-    is_composed,
+    gradients,
     transforms_active,
 )
 from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
@@ -45,7 +44,6 @@ _HALVES = (torch.float16, torch.bfloat16)
 _softmax_ce_op = torch.ops.fused_ce._softmax_ce.default
 _softmax_ce_with_gradient_op = torch.ops.fused_ce._softmax_ce_with_gradient.default
 _softmax_ce_backward_op = torch.ops.fused_ce._softmax_ce_backward.default
-_scale_op = torch.ops.fused_ce._scale_.default
 
 
 class CrossEntropyStats(NamedTuple):
@@ -375,7 +373,7 @@ def _apply(
         return _wanted(_softmax_ce_op(*tensors, *options), options)
     if torch.compiler.is_compiling():
         if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `composed_gradients`.
+            # Dynamo cannot trace the torch.autograd.grad of `gradients`.
             return _wanted(reference.softmax_ce(*tensors, *options), options)
         return _SoftmaxCE.apply(*tensors, options, None)  # type: ignore[no-untyped-call]
     if inplace and input.requires_grad:
@@ -471,47 +469,16 @@ class _SoftmaxCE(torch.autograd.Function):
             _softmax_ce_backward_op(*grads, *arguments, lse, entropy, gradient)
             return (gradient, *(None,) * 6)
 
-        if all(grad is None for grad in grads):
-            return (None,) * 7
-        needs = ctx.needs_input_grad[:4]
-        overwritten, gradient = ctx.overwritten, ctx.gradient
-        if overwritten is not None:
-            overwritten.check(gradient is not None)
-            input = overwritten.logits
-        tensors = (input, target, weight, sample_weight)
+        others = (target, weight, sample_weight)
 
-        def composed(needs: tuple[bool, ...]) -> list[Tensor | None]:
-            def function(*tensors: Any) -> tuple[Tensor, ...]:
-                return reference.softmax_ce(*(*tensors, normalizer, *ctx.options))
+        def function(*tensors: Any) -> tuple[Tensor, ...]:
+            return reference.softmax_ce(*(*tensors, normalizer, *ctx.options))
 
-            return composed_gradients(function, tensors, needs, grads)
+        def write(logits: Tensor, gradient: Tensor) -> None:
+            arguments = (logits, *others, normalizer, *options, lse, entropy, gradient)
+            _softmax_ce_backward_op(*grads, *arguments)
 
-        if is_composed(grads, overwritten):
-            return (*composed(needs), None, None, None)
-        others: list[Tensor | None] = [None, None, None]
-        if any(needs[1:]):
-            if overwritten is not None and overwritten.holds_gradient:
-                raise RuntimeError(
-                    "inplace_backward=True with a target or weight that requires grad: the logits "
-                    "that its gradient needs are overwritten"
-                )
-            others = composed((False, *needs[1:]))[1:]
-        if not needs[0]:
-            return (None, *others, None, None, None)
-        ctx.gradient = None
-        if gradient is not None and grads[1] is None and grads[2] is None:
-            _scale_op(gradient, grad_loss)
-            return (gradient, *others, None, None, None)
-        if gradient is None:
-            gradient = torch.empty_like(input) if overwritten is None else input
-        try:
-            _softmax_ce_backward_op(*grads, *tensors, normalizer, *options, lse, entropy, gradient)
-        except RuntimeError as error:  # what an earlier call has found on CUDA
-            raise_index_error(str(error))
-            raise
-        if overwritten is not None:
-            overwritten.holds_gradient = True
-        return (gradient, *others, None, None, None)
+        return (*gradients(ctx, (input, *others), grads, function, write), None, None, None)
 
 
 # `_SoftmaxCE.apply` without its layer for functorch's tensors, as in bce.py.
