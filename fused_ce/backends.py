@@ -1,9 +1,9 @@
 """Loads the native library, and decides which implementation serves each op on each device.
 
 There is one dispatch path: an op of csrc/ops.cpp has one implementation on each device's dispatch
-key. The CPU's, and CUDA's where it was compiled, come from the native library. On CUDA without
-native kernels, Triton's are registered on the same key, and plain PyTorch where there is no Triton
-either.
+key. The CPU's, and CUDA's where it was compiled, come from the native library. On GPUs without
+native kernels (CUDA's key is that of AMD's too, XPU's that of Intel's) Triton's are registered on
+the same key, and plain PyTorch where there is no Triton either.
 Forcing a backend registers another implementation on the same keys.
 """
 
@@ -32,7 +32,7 @@ OPS = (
     "_softmax_ce_backward",
     "_scale_",
 )
-DEVICES = ("CPU", "CUDA")
+DEVICES = ("CPU", "CUDA", "XPU")
 BACKENDS = ("native", "triton", "reference")
 
 _NATIVE = {
@@ -134,18 +134,19 @@ def _is_available(name: str, op: str, device: str) -> bool:
     if name == "native":
         return _NATIVE[op, device]
     if name == "triton":
-        return _has_triton() and (device == "CUDA" or _triton_interprets())
+        return _has_triton() and (device != "CPU" or _triton_interprets())
     return True
 
 
 def _best(op: str, device: str) -> str:
     """Without a choice of the user's: native kernels, then Triton on GPUs, then plain PyTorch."""
-    order = ("native", "triton", "reference") if device == "CUDA" else ("native", "reference")
+    order = ("native", "reference") if device == "CPU" else ("native", "triton", "reference")
     return next(name for name in order if _is_available(name, op, device))
 
 
 def _devices_in_use() -> tuple[str, ...]:
-    return DEVICES if torch.backends.cuda.is_built() else ("CPU",)
+    built = (True, torch.backends.cuda.is_built(), torch.xpu._is_compiled())
+    return tuple(device for device, is_built in zip(DEVICES, built, strict=True) if is_built)
 
 
 _serving = {(op, device): "native" for op in OPS for device in DEVICES}
@@ -190,7 +191,7 @@ def set_backend(name: str | None) -> None:
             for device in _devices_in_use()
             if not all(_is_available(name, op, device) for op in OPS)
         ]
-        if name == "triton" and "CUDA" not in missing and "CUDA" in _devices_in_use():
+        if name == "triton" and missing == ["CPU"] and len(_devices_in_use()) > 1:
             missing = []  # Triton serves GPUs; the CPU keeps its native kernels
         if missing:
             raise RuntimeError(f"backend {name!r} is not available on {', '.join(missing)} here")

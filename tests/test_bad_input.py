@@ -835,6 +835,13 @@ def test_absent_backend() -> None:
     assert fused_ce.backends.table() == before
 
 
+def test_every_device_is_served() -> None:
+    for op in fused_ce.backends.OPS:
+        for device in fused_ce.backends.DEVICES:
+            name = f"fused_ce::{op}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, device), (name, device)
+
+
 def test_backend_is_restored_after_an_error() -> None:
     before = fused_ce.backends.table()
     during = []
