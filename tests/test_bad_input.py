@@ -128,7 +128,6 @@ SAME_MESSAGE = {
     "float masks": (SOFTMAX, IMAGES, MASKS.float(), {}),
     "float labels of positions": (SOFTMAX, IMAGES[..., 0], MASKS[..., 0].float(), {}),
     "probabilities of other classes": (SOFTMAX, X, X[:, :4], {}),
-    "probabilities of other classes, 1-D": (SOFTMAX, X[0], X[0, :4], {}),
     "ignored probabilities": (SOFTMAX, X, X, {"ignore_index": 0}),
     # weights of the classes
     "too few weights": (SOFTMAX, X, T, {"weight": torch.rand(3)}),
@@ -230,6 +229,19 @@ SAME_TYPE = {
 }
 
 
+# Torch 2.11 and earlier look at the dtype of labels before their shape, and word it otherwise.
+SAYS_LONG_OR_BYTE = torch.__version__ >= "2.12"
+if SAYS_LONG_OR_BYTE:
+    SAME_MESSAGE["probabilities of other classes, 1-D"] = (SOFTMAX, X[0], X[0, :4], {})
+
+
+def worded(error: BaseException) -> str:
+    if SAYS_LONG_OR_BYTE:
+        return str(error)
+    new = r"expected target dtype to be Long or Byte, but got \1"
+    return re.sub(r"expected scalar type Long but found (\w+)", new, str(error))
+
+
 @pytest.mark.parametrize("name", SAME_MESSAGE)
 def test_message(name: str, device: str) -> None:
     form, x, t, options = SAME_MESSAGE[name]
@@ -237,7 +249,7 @@ def test_message(name: str, device: str) -> None:
     options = {k: moved(v, device) for k, v in options.items()}
     ours = error_of(form.ours, moved(x, device), moved(t, device), **options)
     assert type(ours) is type(theirs)
-    assert str(ours) == str(theirs)
+    assert str(ours) == worded(theirs)
 
 
 # These are refused before a device is looked at.

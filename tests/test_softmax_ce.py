@@ -1256,7 +1256,7 @@ def test_nan_in_an_ignored_row(device: str) -> None:
 
 def test_extras_accept_what_torch_rejects(device: str) -> None:
     x, t, weight = make_logits((4, 5)), make_labels((4, 5)), torch.rand(5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="expected target dtype to be Long or Byte, but got Int"):
+    with pytest.raises(RuntimeError, match=r"(Long or Byte, but got|Long but found) Int"):
         F.cross_entropy(x, t.int())
     with pytest.raises(RuntimeError, match="not differentiable"):
         F.cross_entropy(x, t, weight)
