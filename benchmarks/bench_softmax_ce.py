@@ -26,6 +26,8 @@ CASES = [
     ("inplace", "bfloat16", "1024x32768"),
     ("ignored", "bfloat16", "1024x32768"),
     ("smoothing", "bfloat16", "1024x32768"),
+    ("softcap", "bfloat16", "1024x32768"),
+    ("z_loss", "bfloat16", "1024x32768"),
     ("weight", "float32", "8192x1000"),
     ("probabilities", "float32", "8192x1000"),
     # Segmentation: the classes are not the last dimension.

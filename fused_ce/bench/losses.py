@@ -204,6 +204,17 @@ def _ce_inputs(
     return Inputs(logits, target, options)
 
 
+def _torch_softcapped(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    capped = _SOFTCAP * torch.tanh(logits / _SOFTCAP)
+    return F.cross_entropy(capped, target, reduction=reduction)
+
+
+def _torch_z_loss(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    squares = torch.logsumexp(logits, 1).square()
+    squares = squares.mean() if reduction == "mean" else squares.sum()
+    return F.cross_entropy(logits, target, reduction=reduction) + _Z_LOSS * squares
+
+
 def _ce_count(inputs: Inputs) -> float:
     if inputs.target.is_floating_point():
         return inputs.logits.numel() / inputs.logits.size(1)
@@ -218,6 +229,8 @@ _torch_bce = F.binary_cross_entropy_with_logits
 _fused_ce = fused_ce.functional.cross_entropy
 _torch_ce = F.cross_entropy
 _SMOOTHING = 0.1
+_SOFTCAP = 30.0  # Gemma 2's for its last logits: arXiv:2408.00118
+_Z_LOSS = 1e-4  # PaLM's: arXiv:2204.02311
 
 LOSSES = {
     "bce": Loss(
@@ -243,6 +256,8 @@ LOSSES = {
                 partial(_torch_ce, label_smoothing=_SMOOTHING),
             ),
             "weight": Case(partial(_ce_inputs, weight=True), _fused_ce, _torch_ce),
+            "softcap": Case(_ce_inputs, partial(_fused_ce, softcap=_SOFTCAP), _torch_softcapped),
+            "z_loss": Case(_ce_inputs, partial(_fused_ce, z_loss=_Z_LOSS), _torch_z_loss),
             "ignored": Case(partial(_ce_inputs, ignored=True), _fused_ce, _torch_ce),
             "probabilities": Case(partial(_ce_inputs, probabilities=True), _fused_ce, _torch_ce),
             "inplace": Case(
