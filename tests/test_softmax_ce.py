@@ -932,6 +932,28 @@ def test_prediction_is_the_first_of_the_largest(classes: int, device: str) -> No
     assert torch.equal(stats.correct.cpu(), right == t)
 
 
+@pytest.mark.parametrize("classes", [3, 40, 9000])  # a kernel each on CUDA, two of them in Triton
+@pytest.mark.parametrize("backend", fused_ce.backends.BACKENDS)
+def test_lse_of_an_infinite_logit(backend: str, classes: int, device: str) -> None:
+    """Infinite, as torch.logsumexp has it, where the loss is NaN, as torch's."""
+    if backend == "triton" and device == "cpu":
+        pytest.skip("test_triton.py has this case for Triton's interpreter")
+    if backend == "native" and not is_native(device):
+        pytest.skip("no native kernels here")
+    x = make_logits((5, classes))
+    x[0, 1] = x[1, -1] = math.inf
+    x[2, 1] = math.nan
+    x[3] = -math.inf
+    t = make_labels(x.shape)
+    with fused_ce.backend(backend):
+        loss, stats = cross_entropy(
+            x.to(device), t.to(device), reduction="none", stats=("lse", "prediction")
+        )
+    torch.testing.assert_close(stats.lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)
+    torch.testing.assert_close(loss.cpu(), F.cross_entropy(x, t, reduction="none"), equal_nan=True)
+    assert torch.equal(stats.prediction.cpu(), x.argmax(1))
+
+
 def test_entropy_of_improbable_classes(device: str) -> None:
     """A probability of 0 counts as 0, with derivatives that are no NaN."""
     x = torch.tensor([[0.0, -math.inf, 0.0, -math.inf], [200.0, 0.0, -200.0, 0.0]])

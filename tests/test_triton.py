@@ -760,8 +760,7 @@ CE_OPTIONS = {
 @pytest.mark.parametrize("options", CE_OPTIONS, ids=str)
 def test_ce_options(options: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops_ce, "ROW_BYTES", 64)  # 16 float32: both passes, in few blocks
-    monkeypatch.setattr(ops_ce, "TILE", 16)
-    monkeypatch.setattr(ops_ce, "CLASSES_ACROSS", 16)
+    monkeypatch.setattr(ops_ce, "WARP", 16)
     for shape, reduction in (((3, 9), NONE), ((2, 53), MEAN), ((1, 21, 2), MEAN)):
         call = ce_call(shape, reduction=reduction, **CE_OPTIONS[options])
         call = call._replace(sample_weight=torch.rand(call.target.shape))
@@ -815,10 +814,10 @@ def test_ce_over_the_input(classes: int) -> None:
 @pytest.mark.parametrize("classes", [3, 37])
 def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops_ce, "ROW_BYTES", 64)
-    monkeypatch.setattr(ops_ce, "TILE", 16)
+    monkeypatch.setattr(ops_ce, "WARP", 16)
     inf, nan = math.inf, math.nan
-    x = torch.zeros(9, classes)
-    labels = torch.zeros(9, dtype=torch.int64)
+    x = torch.zeros(11, classes)
+    labels = torch.zeros(11, dtype=torch.int64)
     x[0, 1] = -inf  # not the target: finite
     x[1, 0] = -inf  # the target
     x[2] = -inf
@@ -829,10 +828,13 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x[7] = -200.0
     x[8, : classes - 1] = torch.finfo(torch.float32).min  # what masks leave, first blocks of it
     labels[8] = classes - 1
+    x[9, 1] = inf
+    x[10, 0], x[10, 2] = inf, nan
     expected = [math.log(classes - 1), inf, nan, nan, 0.0, nan, nan, math.log(classes), 0.0]
     call = CeCall(x, labels, reduction=NONE)
-    loss, _, entropy, prediction, correct = ops_ce.softmax_ce(*call.arguments(), 14)
-    torch.testing.assert_close(loss.cpu(), torch.tensor(expected), equal_nan=True)
+    loss, lse, entropy, prediction, correct = ops_ce.softmax_ce(*call.arguments(), 15)
+    torch.testing.assert_close(loss.cpu(), torch.tensor([*expected, nan, nan]), equal_nan=True)
+    torch.testing.assert_close(lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)
     assert entropy[0].item() == pytest.approx(math.log(classes - 1), rel=1e-6)
     assert entropy[8].item() == 0
     best = x.argmax(1)
@@ -848,8 +850,28 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert g[5:7].isnan().all()
     torch.testing.assert_close(g[7, 1:], torch.full((classes - 1,), 1 / classes))
     assert (g[8] == 0).all()
+    assert g[9:].isnan().all()
     smoothed = call._replace(label_smoothing=0.1)
     assert ops_ce.softmax_ce(*smoothed.arguments(), 0)[0][0].item() == inf
+
+
+@launches
+@pytest.mark.parametrize("shape", [(4, 5), (4, 53), (2, 5, 2)], ids=str)
+@pytest.mark.parametrize("outputs", [0, LSE])  # for which the row is read
+def test_ce_nan_in_an_ignored_row(
+    outputs: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops_ce, "ROW_BYTES", 64)  # 53 classes: many blocks, and unaligned
+    call = ce_call(shape)
+    clean = torch.full_like(call.input, math.nan, device=DEVICE)
+    call.target.view(-1)[1] = -100
+    loss = ops_ce.softmax_ce(*call.arguments(), outputs, clean)[0]
+    row = (1,) if len(shape) == 2 else (0, slice(None), 1)
+    call.input[row] = math.nan
+    gradient = torch.full_like(clean, math.nan)
+    assert torch.equal(ops_ce.softmax_ce(*call.arguments(), outputs, gradient)[0], loss)
+    assert (gradient[row] == 0).all()
+    assert torch.equal(gradient, clean)
 
 
 @launches
@@ -881,7 +903,7 @@ def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
 @launches
 def test_ce_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # several tiles a program, blocks of labels and of partial sums
-    for name, value in {"PROGRAMS": 4, "TILE": 16, "LABELS": 8, "COUNTERS": 4, "FINISH": 2}.items():
+    for name, value in {"WARPS": 4, "WARP": 16, "LABELS": 8, "COUNTERS": 4, "FINISH": 2}.items():
         monkeypatch.setattr(ops_ce, name, value)
     for reduction in REDUCTIONS:
         call = ce_call((31, 10), reduction=reduction, weight=torch.rand(10) + 0.1)
@@ -949,8 +971,9 @@ def test_index_type() -> None:
     assert common.collapse((2**16, 2**16), ((0, 0), (1, 0)))[2] == tl.uint64
 
 
-def compile_for(capability: int, kernel: Any, warps: int = 4, **parameters: Any) -> None:
-    """A str is the type of an argument, everything else is constant."""
+def compile_for(chip: int | str, kernel: Any, warps: int = 4, **parameters: Any) -> None:
+    """For a compute capability, or a chip of AMD's. A str is the type of an argument, everything
+    else is constant."""
     names = kernel.arg_names
     assert set(parameters) == set(names)
 
@@ -960,9 +983,10 @@ def compile_for(capability: int, kernel: Any, warps: int = 4, **parameters: Any)
     signature = {n: parameters[n] if is_type(parameters[n]) else "constexpr" for n in names}
     constants = {n: parameters[n] for n in names if not is_type(parameters[n])}
     source = triton.compiler.ASTSource(kernel, signature, constants)
-    target = GPUTarget("cuda", capability, 32)
+    amd = isinstance(chip, str)
+    target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", chip, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    assert compiled.asm["cubin"]
+    assert compiled.asm["hsaco" if amd else "cubin"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
@@ -1053,9 +1077,12 @@ def test_compiles(dtype: str, capability: int) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
 @pytest.mark.parametrize(
-    ("dtype", "capability"), [("fp64", 90), ("fp32", 90), ("bf16", 90), ("bf16", 80)]
+    ("dtype", "chip"),
+    [("fp64", 90), ("fp32", 90), ("bf16", 90), ("bf16", 80), ("fp32", "gfx942")],
 )
-def test_ce_compiles(dtype: str, capability: int) -> None:
+def test_ce_compiles(dtype: str, chip: int | str) -> None:
+    if isinstance(chip, str) and "amd" not in triton.backends.backends:
+        pytest.skip("this Triton does not compile for AMD")
     real = "*fp64" if dtype == "fp64" else "*fp32"
     logits, labels, row = (f"*{dtype}", ("i32",)), ("*i64", ("i32",)), (real, ("i32",))
     operands = (
@@ -1067,7 +1094,7 @@ def test_ce_compiles(dtype: str, capability: int) -> None:
         **dict.fromkeys(["denominator", "factor", "flat", "softcap", "inner_scale"], "fp64"),
         **dict.fromkeys(["logit_scale", "z_loss"], "fp64"),
         **dict.fromkeys(["SMOOTH", "CAPPED", "SCALED", "SQUARED", "PROBABILITIES"], False),
-        **dict.fromkeys(["ZERO_ON_EMPTY", "SHIFTED"], False),
+        **dict.fromkeys(["ZERO_ON_EMPTY", "ACROSS"], False),
         "input": logits,
         "target": labels,
         "gradient": logits,
@@ -1083,14 +1110,18 @@ def test_ce_compiles(dtype: str, capability: int) -> None:
         "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
         "INDEX": tl.uint32,
         "CLASS": tl.int32,
+        "EDGES": 0,
     }
     long = ops_ce.ROW_BYTES // {"fp64": 8, "fp32": 4, "bf16": 2}[dtype]
-    layouts = [  # one block of a few rows, of one row; many blocks, aligned or not
-        {"UNIT": 1, "SINGLE": True, "MASKED": True, "ROWS": 64, "BLOCK": 32},
-        {"UNIT": 16, "SINGLE": True, "MASKED": False, "ROWS": 1, "BLOCK": 1024},
-        {"UNIT": 16, "SINGLE": False, "MASKED": False, "ROWS": 1, "BLOCK": long},
-        {"UNIT": 16, "SINGLE": False, "MASKED": False, "ROWS": 1, "BLOCK": long, "SHIFTED": True},
-        {"UNIT": 1, "SINGLE": False, "MASKED": False, "ROWS": 128, "BLOCK": 32},
+    # Several rows, of one block or many, with classes and with rows as neighbours; one row, of one
+    # block or many, aligned or not; and the warps of each
+    layouts = [
+        (4, {"UNIT": 1, "SINGLE": True, "ROWS": 256, "BLOCK": 16}),
+        (1, {"UNIT": 2, "SINGLE": True, "ROWS": 8, "BLOCK": 128}),
+        (4, {"UNIT": 1, "SINGLE": False, "ROWS": 512, "BLOCK": 8, "ACROSS": True}),
+        (1, {"UNIT": 16, "SINGLE": True, "ROWS": 1, "BLOCK": 1024}),
+        (8, {"UNIT": 16, "SINGLE": False, "ROWS": 1, "BLOCK": long}),
+        (8, {"UNIT": 16, "SINGLE": False, "ROWS": 1, "BLOCK": long, "EDGES": 2048}),
     ]
     stats = {"lse": row, "entropy": row, "prediction": labels, "correct": ("*u8", ("i32",))}
     options = dict.fromkeys(["SMOOTH", "CAPPED", "SQUARED", "ZERO_ON_EMPTY"], True)
@@ -1100,16 +1131,16 @@ def test_ce_compiles(dtype: str, capability: int) -> None:
     }
     wide = {"INDEX": tl.uint64, "CLASS": tl.int64, "rows": "i64", "sizes": ("i32",)}
     many = {"input": (f"*{dtype}", ("i32", "i64")), "target": (real, ("i32", "i64"))}
-    for layout in layouts:
+    for warps, layout in layouts:
         for chosen in (
             {},
             {**stats, **options, "weight": "*bf16"},
             {**backward, **options, "normalizer": "*i64", "counts": None},
             {**wide, **many, **stats, "PROBABILITIES": True, "SCALED": True, "gradient": None},
         ):
-            compile_for(capability, ops_ce._rows, **{**base, **layout, **chosen}, warps=8)
+            compile_for(chip, ops_ce._rows, warps, **{**base, **layout, **chosen})
     compile_for(
-        capability,
+        chip,
         ops_ce._prepare,
         weight=real,
         **dict.fromkeys(["weight_step", "rows", "iterations", "classes", "ignore_index"], "i32"),

@@ -22,14 +22,20 @@ from torch import Tensor
 
 
 @triton.jit
-def precise_log(v, c):
-    """log(v + c), c being what rounding v lost: precise next to v = 1, where tl.log is not."""
+def log_of_normal(v, c):
+    """log(v + c), c being what rounding v lost, or None; v is positive and not subnormal, or NaN.
+    Precise next to v = 1, where tl.log is not."""
     if v.dtype == tl.float64:
-        return tl.log(v) + tl.where(c == 0.0, 0.0, c / v)
+        log = tl.log(v)
+        if c is not None:
+            log += tl.where(c == 0.0, 0.0, c / v)
+        return log
     else:
         k = (v.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23  # v / 2^k is in sqrt(1/2) .. sqrt(2)
         power = ((127 - k) << 23).to(tl.float32, bitcast=True)  # 2^-k
-        f = (v * power - 1.0) + c * power
+        f = v * power - 1.0
+        if c is not None:
+            f += c * power
         p = -0.078598422185  # log(1 + f) = f - f^2 / 2 + f^3 p(f), minimax: relative error 6e-9
         p = p * f + 0.128817256184
         p = p * f - 0.13128709817
@@ -39,8 +45,13 @@ def precise_log(v, c):
         p = p * f - 0.250008103241
         p = p * f + 0.333333167225
         k = k.to(tl.float32)
-        log = k * 0.693145751953125 + (k * 1.4286068203094e-06 + (f - f * f * (0.5 - f * p)))
-        return tl.where(v < 1.1754943508222875e-38, tl.log(v), log)  # 0, subnormal, negative
+        return k * 0.693145751953125 + (k * 1.4286068203094e-06 + (f - f * f * (0.5 - f * p)))
+
+
+@triton.jit
+def precise_log(v, c):
+    """log_of_normal, and of any other v."""
+    return tl.where(v < 1.1754943508222875e-38, tl.log(v), log_of_normal(v, c))
 
 
 @triton.jit

@@ -20,36 +20,72 @@ memory traffic: exp(l - lse) would lose the digits that l has beyond lse's last 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_ce.reference import CORRECT, ENTROPY, LSE, MEAN, NONE, PREDICTION
 from fused_ce.triton.common import (
     cast,
     load,
+    log_of_normal,
     mean_divisor,
     offsets,
     operands,
-    precise_log,
     readable,
 )
 
-NONE, MEAN = 0, 1  # reductions
-LSE, ENTROPY, PREDICTION, CORRECT = 1, 2, 4, 8  # bits of `outputs`
-
-ROW_BYTES = 16384  # of a row that a program reads at a time: 16 bytes 4 times a thread
-TILE = 2048  # elements of a tile of several rows
-CLASSES_ACROSS = 32  # of a tile whose rows, not classes, are neighbours in memory
-PROGRAMS = 16384  # at most
+ROW_BYTES = 16384  # of a row that a program reads at a time
+WARP = 1024  # elements of a tile that a warp has
+WARPS = 8192  # of all programs, at most
+UNIT = 16  # elements: a multiple of what is read at a time, and what Triton looks for
 LABELS = 1024  # a program of `_prepare` reads at a time
 COUNTERS = 256  # at most; every program that writes gradients adds up what `_prepare` counted
-FINISH = 4096  # partial sums added at a time
+FINISH = 1024  # partial sums added at a time
 
 
-# -- formulas --------------------------------------------------------------------------------------
+# -- blocks of a tile ------------------------------------------------------------------------------
+# Of tensors with two dimensions the first is rows and the second classes.
+
+
+class Tile(NamedTuple):
+    """Some rows, and how their logits are read. Pointers are to class 0 of each row."""
+
+    input: Any  # [ROWS, 1] pointers
+    target: Any  # [ROWS, 1] pointers to probabilities, or None
+    weight: Any  # pointer or None
+    steps: Any  # from class to class of input, target, weight, gradient
+    live: Any  # [ROWS, 1]: which rows' logits are read
+    exists: Any  # [ROWS, 1]
+    form: Any  # softcap, logit_scale / softcap, logit_scale; the first two or all None
+    smooth: Any  # what a probability is multiplied by; what is added to it, or None
+
+
+class Sums(NamedTuple):
+    """Of a row, over the blocks so far; d is logit - base and c the loss's coefficients."""
+
+    top: Any  # the largest logit, whose base is what is subtracted
+    total: Any  # of exp(d)
+    spread: Any  # of exp(d) * d
+    mixed: Any  # of c
+    distance: Any  # of c * d
+    largest: Any  # rank and first class of the largest logit
+    likeliest: Any  # the same of the probabilities
+
+
+class Factors(NamedTuple):
+    """What the parts of a row's gradient are multiplied by: [ROWS, 1] or None."""
+
+    exp: Any
+    spread: Any  # exp(d) * (d - center)
+    center: Any
+    mixed: Any
+    label: Any  # the label's class, and what is subtracted there
+    own: Any
+    graded: Any  # rows whose gradient is not 0 throughout
 
 
 @triton.jit
@@ -69,8 +105,7 @@ def _tanh(u):
 
 @triton.jit
 def _capped(x, form):
-    """The logits of what was read, and their derivative. `form` is (softcap, logit_scale / softcap,
-    logit_scale); without a cap the first two are None, and a scale of 1 is None too."""
+    """The logits of what was read, and their derivative."""
     if form[0] is not None:
         t = _tanh(x * form[1])
         return form[0] * t, form[2] * (1.0 - t * t)
@@ -82,190 +117,158 @@ def _capped(x, form):
 
 @triton.jit
 def _base(top):
-    """What to subtract before exp: a maximum of -inf would make -inf - -inf of it."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-# -- a tile and its blocks of classes --------------------------------------------------------------
-# Rows are the first dimension of a tile and classes the second; what belongs to a row is [ROWS, 1].
-# A tile is a tuple of tuples, with None for what there is not:
-#   pointers to class 0 of input, target (of probabilities), weight; shifted if the tile is
-#   steps from class to class of these three
-#   extent: number of classes; shift, by which a row starts before its class 0
-#   form: softcap, logit_scale / softcap, logit_scale
-#   smooth: what a probability is multiplied by, what is added to it
-#   live: the rows whose logits are read, the rows there are
+    """What to subtract before exp: not an infinite maximum, of which inf - inf would come."""
+    return tl.where(tl.abs(top) == float("inf"), 0.0, top)
 
 
 @triton.jit
-def _block(tile, block, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The classes of a block, their places, and which of them exist (None: all)."""
-    classes, shift = tile[2]
-    place = block * BLOCK + tl.arange(0, BLOCK)[None, :].to(classes.dtype)
-    c = place - shift
-    return c, place, (c >= 0) & (c < classes) if MASKED else None
+def _block(first, begin, end, BLOCK: tl.constexpr):
+    """The classes of a block, and which of them are in begin .. end."""
+    c = first + tl.arange(0, BLOCK)[None, :].to(end.dtype)
+    inside = c < end
+    if begin is not None:
+        inside = inside & (c >= begin)
+    return c, inside
 
 
 @triton.jit
-def _read(pointer, step, place, rows, inside, COMPUTE: tl.constexpr):
-    mask = rows
-    if inside is not None:
-        mask = rows & inside
-    return tl.load(pointer + place * step, mask=mask, other=0).to(COMPUTE)
+def _edges(begin, span, end, LANES: tl.constexpr):
+    """The classes in begin .. end that are not in the span: less than a unit at each end."""
+    lane = tl.arange(0, LANES)[None, :].to(end.dtype)
+    c = tl.where(lane < LANES // 2, lane, lane - LANES // 2 + span[1])
+    return c, tl.where(lane < LANES // 2, (c >= begin) & (c < span[0]), c < end)
 
 
 @triton.jit
-def _logits(tile, place, inside, COMPUTE: tl.constexpr):
-    """Logits, -inf where there is no class, and their slopes."""
-    x = _read(tile[0][0], tile[1][0], place, tile[5][0], inside, COMPUTE)
-    logit, slope = _capped(x, tile[3])
-    if inside is not None:
-        logit = tl.where(inside, logit, float("-inf"))
-    return logit, slope
-
-
-@triton.jit
-def _coefficients(tile, place, inside, COMPUTE: tl.constexpr):
-    """What the loss multiplies -log p by, beside the label's own part; the probabilities."""
-    _, target, weight = tile[0]
-    factor, flat = tile[4]
-    exists = tile[5][1]
-    coefficient = flat
-    if target is not None:
-        t = _read(target, tile[1][1], place, exists, inside, COMPUTE)
-        coefficient = t * factor
-        if flat is not None:
-            coefficient += flat
+def _read(tile, c, inside, COMPUTE: tl.constexpr):
+    """Logits, -inf where there is none; their slopes; what the loss multiplies -log p by, beside
+    the label's own part (None: nothing); probabilities."""
+    there = tile.live & inside
+    x = tl.load(tile.input + c * tile.steps[0], mask=there, other=float("-inf")).to(COMPUTE)
+    logit, slope = _capped(x, tile.form)
+    if tile.form[2] is not None:
+        logit = tl.where(there, logit, float("-inf"))
+    there = tile.exists & inside
+    coefficient = tile.smooth[1]
+    p = None
+    if tile.target is not None:
+        p = tl.load(tile.target + c * tile.steps[1], mask=there, other=0).to(COMPUTE)
+        coefficient = p * tile.smooth[0]
+        if tile.smooth[1] is not None:
+            coefficient += tile.smooth[1]
     if coefficient is not None:
-        if weight is not None:
-            coefficient *= _read(weight, tile[1][2], place, exists, inside, COMPUTE)
-        if inside is not None:
-            coefficient = tl.where(inside, coefficient, 0.0)
-    mixed: tl.constexpr = flat is not None or target is not None
-    return coefficient if mixed else None, t if target is not None else None
+        if tile.weight is not None:
+            weight = tl.load(tile.weight + c * tile.steps[2], mask=inside, other=0)
+            coefficient *= weight.to(COMPUTE)
+        coefficient = tl.where(there, coefficient, 0.0)
+    mixed: tl.constexpr = coefficient is not None
+    return logit, slope, coefficient if mixed else None, p if tile.target is not None else None
 
 
 @triton.jit
-def _largest(best, value, c, inside, classes):
-    """Updates (value, its first class, first class of a NaN): a NaN counts as the largest."""
-    if inside is not None:
-        value = tl.where(inside, value, float("-inf"))
-    top = tl.max(value, 1, keep_dims=True)
-    is_top = value == top
-    if inside is not None:
-        is_top = is_top & inside
-    first = tl.min(tl.where(is_top, c, classes), 1, keep_dims=True)
-    first = tl.where(top == best[0], tl.minimum(first, best[1]), first)
-    first = tl.where(top >= best[0], first, best[1])
-    nan = tl.min(tl.where(value != value, c, classes), 1, keep_dims=True)
-    return tl.maximum(best[0], top), first, tl.minimum(best[2], nan)
+def _first_largest(x, c, inside, end):
+    """Rank and class of the first of the largest, as argmax finds it. Ranks are integers in the
+    order of the numbers, but a NaN is the largest of all, and -0 equals 0."""
+    INTEGER: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
+    LAST: tl.constexpr = 2 ** (INTEGER.primitive_bitwidth - 1) - 1
+    rank = x.to(INTEGER, bitcast=True)
+    rank = tl.where(rank < 0, rank ^ LAST, rank)
+    rank = tl.where(x == 0.0, 0, tl.where(x != x, LAST, rank))
+    rank = tl.where(inside, rank, -LAST - 1)
+    top = tl.max(rank, 1)
+    return top, tl.min(tl.where(rank == top[:, None], c, end), 1)
 
 
 @triton.jit
-def _add(sums, logit, coefficient, inside, SPREAD: tl.constexpr):
-    """Takes a block of logits into the sums of a tile; returns exp(logit - base) too.
+def _first_of_both(a, b):
+    first = tl.where(a[0] > b[0], a[1], tl.where(a[0] < b[0], b[1], tl.minimum(a[1], b[1])))
+    return tl.maximum(a[0], b[0]), first
 
-    The sums: the maximum, whose base is what is subtracted; then, by lane, those of
-    e = exp(logit - base), of e * (base - logit), of the coefficients, and of these times
-    (base - logit).
-    """
-    top, total, spread, weight, distance = sums
-    before = _base(top)
-    new_top = tl.maximum(top, tl.max(logit, 1, keep_dims=True))
-    base = _base(new_top)
-    shrink = tl.exp(top - base)
-    e = tl.exp(logit - base)
+
+@triton.jit
+def _add(tile, sums, classes, end, SPREAD: tl.constexpr, BEST: tl.constexpr, COMPUTE: tl.constexpr):
+    """Reads a block into the sums of its rows; returns what `_put` needs of it, too."""
+    c, inside = classes
+    logit, slope, coefficient, p = _read(tile, c, inside, COMPUTE)
+    top = tl.max(logit, 1)
+    if sums is not None:
+        top = tl.maximum(top, sums.top)
+    base = _base(top)
+    d = logit - base[:, None]
+    e = tl.exp(d)
+    total = tl.sum(e, 1)
+    zero = tl.zeros_like(total)
+    spread, mixed, distance = zero, zero, zero
     if SPREAD:
-        spread = tl.where(shrink == 0.0, 0.0, shrink * (spread + total * (base - before)))
-        spread += tl.where(e == 0.0, 0.0, e * (base - logit))
-    total = total * shrink + e
+        spread = tl.sum(tl.where(e == 0.0, 0.0, e * d), 1)
     if coefficient is not None:
-        step = coefficient * (base - logit)
-        if inside is not None:
-            step = tl.where(inside, step, 0.0)
-        distance += weight * (base - before) + step
-        weight += coefficient
-    return (new_top, total, spread, weight, distance), e
-
-
-@triton.jit
-def _scan(
-    tile,
-    state,
-    blocks,
-    SPREAD: tl.constexpr,
-    BEST: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """The first pass, over range(*blocks)."""
-    sums, largest, likeliest = state
-    for block in range(blocks[0], blocks[1], blocks[2]):
-        c, place, inside = _block(tile, block, MASKED, BLOCK)
-        logit, _ = _logits(tile, place, inside, COMPUTE)
-        coefficient, t = _coefficients(tile, place, inside, COMPUTE)
-        sums, _ = _add(sums, logit, coefficient, inside, SPREAD)
+        mixed = tl.sum(coefficient, 1)
+        distance = tl.sum(tl.where(inside, coefficient * d, 0.0), 1)
+    largest, likeliest = (zero, zero), (zero, zero)
+    if BEST:
+        largest = _first_largest(logit, c, inside, end)
+        if p is not None:
+            likeliest = _first_largest(p, c, inside, end)
+    if sums is not None:
+        shrink = tl.exp(sums.top - base)
+        shift = _base(sums.top) - base
+        total += sums.total * shrink
+        spread += tl.where(shrink == 0.0, 0.0, shrink * (sums.spread + sums.total * shift))
+        mixed += sums.mixed
+        distance += sums.distance + sums.mixed * shift
         if BEST:
-            largest = _largest(largest, logit, c, inside, tile[2][0])
-            if t is not None:
-                likeliest = _largest(likeliest, t, c, inside, tile[2][0])
-    return sums, largest, likeliest
+            largest = _first_of_both(largest, sums.largest)
+            if p is not None:
+                likeliest = _first_of_both(likeliest, sums.likeliest)
+    return Sums(top, total, spread, mixed, distance, largest, likeliest), (d, e, slope, coefficient)
 
 
 @triton.jit
-def _put(tile, output, block, e, distance, slope, coefficient, factors, label, graded):
-    """Writes a block of the gradient.
+def _spread_out(sums):
+    """The same sums, with a thread for each row where there are as many rows. In the layout of the
+    tile Triton would compute what follows in every thread that holds a part of the row; it takes a
+    gather for a change of layout that may not be undone."""
+    if sums.top.shape[0] == 1:
+        return sums
+    else:
+        row = tl.arange(0, sums.top.shape[0])
+        return Sums(
+            tl.gather(sums.top, row, 0),
+            tl.gather(sums.total, row, 0),
+            tl.gather(sums.spread, row, 0),
+            tl.gather(sums.mixed, row, 0),
+            tl.gather(sums.distance, row, 0),
+            (sums.largest[0], tl.gather(sums.largest[1], row, 0)),
+            (sums.likeliest[0], tl.gather(sums.likeliest[1], row, 0)),
+        )
 
-    block: classes, their places, which of them exist, and whether a label may be among them
-    distance: logit - base, whose exp is e
-    factors: of e; of e * (distance - center), and this center; of the coefficients
-    label: the class, and what is subtracted there
-    graded: rows that are not 0 throughout, or None
-    """
-    c, place, inside, has_label = block
-    g = e * factors[0]
-    if factors[1] is not None:
-        g += tl.where(e == 0.0, 0.0, e * factors[1] * (distance - factors[2]))
-    if factors[3] is not None:
-        g -= coefficient * factors[3]
-    if label is not None:
+
+@triton.jit
+def _put(tile, output, factors, classes, block, has_label):
+    """Writes a block of the gradient."""
+    c, inside = classes
+    d, e, slope, coefficient = block
+    g = e * factors.exp
+    if factors.spread is not None:
+        g += tl.where(e == 0.0, 0.0, e * factors.spread * (d - factors.center))
+    if factors.mixed is not None:
+        g -= coefficient * factors.mixed
+    if factors.own is not None:
         if has_label:
-            g = tl.where(c == label[0], g - label[1], g)
+            g = tl.where(c == factors.label, g - factors.own, g)
     g *= slope
-    if graded is not None:
-        g = tl.where(graded, g, 0.0)
-    mask = tile[5][1]
-    if inside is not None:
-        mask = mask & inside
-    tl.store(output[0] + place * output[1], cast(g, output[0].dtype.element_ty), mask=mask)
+    if factors.graded is not None:
+        g = tl.where(factors.graded, g, 0.0)
+    g = cast(g, output.dtype.element_ty)
+    tl.store(output + c * tile.steps[3], g, mask=tile.exists & inside)
 
 
 @triton.jit
-def _rewrite(
-    tile,
-    output,
-    blocks,
-    base,
-    factors,
-    label,
-    graded,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """The second pass, over range(*blocks). Labels are in the blocks from label[2] to label[3]."""
-    for i in range(blocks[0], blocks[1], blocks[2]):
-        c, place, inside = _block(tile, i, MASKED, BLOCK)
-        logit, slope = _logits(tile, place, inside, COMPUTE)
-        coefficient, _ = _coefficients(tile, place, inside, COMPUTE)
-        has_label = True
-        if label is not None:
-            has_label = (i >= label[2]) & (i <= label[3])
-        block = (c, place, inside, has_label)
-        distance = logit - base
-        e = tl.exp(distance)
-        _put(tile, output, block, e, distance, slope, coefficient, factors, label, graded)
+def _put_again(tile, output, factors, classes, base, has_label, COMPUTE: tl.constexpr):
+    """`_put` of a block that is read a second time."""
+    logit, slope, coefficient, _ = _read(tile, classes[0], classes[1], COMPUTE)
+    d = logit - base
+    _put(tile, output, factors, classes, (d, tl.exp(d), slope, coefficient), has_label)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -290,42 +293,33 @@ def _prepare(
     if program == 0:
         tl.store(ticket, 0)
     if counts is not None:
-        total = tl.zeros([BLOCK], tl.float64)
+        total = tl.zeros([BLOCK], tl.int32 if weight is None else tl.float64)
         for i in range(iterations):
             row = (program.to(INDEX) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
             mask = row < rows
             label = load(target, row, sizes, mask).to(tl.int64)
             kept = mask & (label != ignore_index)
             if weight is None:
-                total += kept.to(tl.float64)
+                total += kept.to(tl.int32)
             else:
                 kept = kept & (label >= 0) & (label < classes)
-                w = tl.load(weight + label * weight_step, mask=kept, other=0)
-                total += w.to(tl.float64)
-        tl.store(counts + program, tl.sum(total))
+                total += tl.load(weight + label * weight_step, mask=kept, other=0).to(tl.float64)
+        tl.store(counts + program, tl.sum(total).to(tl.float64))
 
 
 @triton.jit
-def _start(operand, row, sizes, shift, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers to class 0 of rows (of one: a scalar), or to `shift` elements before it."""
-    offset = offsets(operand[1], row, sizes)
-    if shift is not None:
-        offset -= shift.to(offset.dtype)
-    if UNIT > 1:
-        offset = tl.multiple_of(offset, UNIT if ROWS == 1 else [UNIT, UNIT])
-    return operand[0] + offset
+def _start(operand, row, sizes, UNIT: tl.constexpr):
+    """Pointers to class 0 of rows, or to the multiple of UNIT elements before it."""
+    return operand[0] + offsets(operand[1], row, sizes) // UNIT * UNIT
 
 
 @triton.jit
-def _put_by_row(operand, row, sizes, exists, value, ROWS: tl.constexpr):
+def _put_by_row(operand, row, sizes, exists, value):
     offset = offsets(operand[1], row, sizes)
     kind: tl.constexpr = operand[0].dtype.element_ty
     if kind.is_floating():
         value = cast(value, kind)
-    if ROWS == 1:  # as a scalar: Triton's compiler runs out of memory over a tensor of one element
-        tl.store(operand[0] + tl.sum(offset), tl.sum(value).to(kind))
-    else:
-        tl.store(operand[0] + offset, value.to(kind), mask=exists)
+    tl.store(operand[0] + offset, value.to(kind), mask=exists)
 
 
 @triton.jit(do_not_specialize=["tiles", "ignore_index", "counters"])
@@ -372,36 +366,33 @@ def _rows(
     COUNTERS: tl.constexpr,
     FINISH: tl.constexpr,
     UNIT: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    EDGES: tl.constexpr,
+    ACROSS: tl.constexpr,
     SINGLE: tl.constexpr,
-    MASKED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     CLASS: tl.constexpr,
 ):
-    """OF_LOSS: the gradient is the loss's, too. SINGLE: one block has all classes, and MASKED: more
-    than those. SHIFTED: a tile is one row, and its blocks start at multiples of UNIT elements of
-    memory; else every row does."""
+    """OF_LOSS: the gradient is the loss's, too. ACROSS: neighbours in memory are rows, not classes.
+    SINGLE: one block has all classes. EDGES: 0, and every row starts at a multiple of UNIT
+    elements; or a tile is one row, its classes are counted from the last multiple before it, and
+    what blocks of whole units leave at its ends is a block of so many lanes."""
     BEST: tl.constexpr = prediction is not None or correct is not None
     SPREAD: tl.constexpr = entropy is not None or grad_entropy is not None
-    STATS: tl.constexpr = lse is not None or entropy is not None or BEST
+    READ_ALL: tl.constexpr = ACROSS or lse is not None or entropy is not None or BEST
     MIXED: tl.constexpr = PROBABILITIES or SMOOTH
-    classes = tl.full([], classes, CLASS)
-    if UNIT > 1 and not SHIFTED:
-        classes = tl.multiple_of(classes, UNIT)
+    end = tl.full([], classes, CLASS)
+    if EDGES == 0:
+        end = end // UNIT * UNIT  # as it is: the compiler learns what divides it
     z_loss = tl.full([], z_loss, COMPUTE)
     factor = tl.full([], factor, COMPUTE)
-    smooth = (factor, None)
-    if SMOOTH:
-        smooth = (factor, tl.full([], flat, COMPUTE))
+    smooth = (factor, tl.full([], flat, COMPUTE) if SMOOTH else None)
     scale = tl.full([], logit_scale, COMPUTE)
-    form = (None, None, None)
+    form = (None, None, scale if SCALED else None)
     if CAPPED:
         form = (tl.full([], softcap, COMPUTE), tl.full([], inner_scale, COMPUTE), scale)
-    elif SCALED:
-        form = (None, None, scale)
     if gradient is not None and OF_LOSS:
         divisor = mean_divisor(counts, counters, normalizer, denominator, COUNTERS)
         inverse = (1.0 / divisor).to(COMPUTE)
@@ -409,168 +400,141 @@ def _rows(
             # As torch's mean over labels of weight 0, with label smoothing too.
             inverse = tl.where(divisor == 0.0, float("nan"), inverse)
 
-    losses = tl.zeros([ROWS, 1], COMPUTE)
+    losses = tl.zeros([ROWS], COMPUTE)
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row = tl.full([], i, INDEX) * ROWS + tl.arange(0, ROWS)[:, None].to(INDEX)
+        row = tl.full([], i, INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)
         exists = row < rows
-        start = row
-        if ROWS == 1:
-            start = tl.full([], i, INDEX)
-        shift = None
-        margin = tl.zeros([], CLASS)
-        if SHIFTED:
-            margin = (offsets(input[1], start, sizes) % UNIT).to(CLASS)
-            shift = margin
-        x = _start(input, start, sizes, shift, UNIT, ROWS)
+        margin = tl.zeros([], CLASS)  # the number of class 0
+        span = (None, end)  # of the blocks
+        if EDGES > 0:
+            margin = (offsets(input[1], tl.full([], i, INDEX), sizes) % UNIT).to(CLASS)
+            span = (tl.where(margin > 0, UNIT, 0).to(CLASS), (end + margin) // UNIT * UNIT)
+        last = end + margin
+        weights = weight - margin * steps[2] if weight is not None else None
+        x = _start(input, row, sizes, UNIT)
         kept = exists
         if not PROBABILITIES:
             y = load(target, row, sizes, exists).to(tl.int64)
             kept = exists & (y != ignore_index)
-            in_range = (y >= 0) & (y < classes)
-            known = kept & in_range
-            y = tl.where(known, y, 0).to(CLASS)
-            at_label = tl.load(x + (y + margin) * steps[0], mask=known, other=0)
-            at_label, _ = _capped(at_label.to(COMPUTE), form)
-            label_weight = tl.zeros([ROWS, 1], COMPUTE) + factor
+            known = kept & (y >= 0) & (y < classes)
+            y = tl.where(known, y, 0).to(CLASS) + margin
+            at_label = tl.load(x + y * steps[0], mask=known, other=0).to(COMPUTE)
+            at_label, _ = _capped(at_label, form)
+            label_weight = tl.zeros([ROWS], COMPUTE) + factor
             if weight is not None:
-                label_weight *= tl.load(weight + y * steps[2], mask=known, other=0).to(COMPUTE)
-        row_weight = tl.full([ROWS, 1], 1.0, COMPUTE)
-        if sample_weight is not None:
-            row_weight *= load(sample_weight, row, sizes, exists).to(COMPUTE)
+                of_label = tl.load(weights + y * steps[2], mask=known, other=0)
+                label_weight *= of_label.to(COMPUTE)
+            label_weight = tl.where(kept & (known == 0), float("nan"), label_weight)
 
         # What reaches the gradient of a row, and which rows that leaves at 0: these are not read,
         # unless their statistics are wanted.
-        on_loss = tl.zeros([ROWS, 1], COMPUTE)
-        on_lse = tl.zeros([ROWS, 1], COMPUTE)
-        graded = exists & False
-        live = exists & False
-        if OF_LOSS:
-            live = kept
-            graded = kept
-        if gradient is not None and OF_LOSS:
-            if ZERO_ON_EMPTY:
-                graded = kept & (tl.zeros([ROWS, 1], tl.float64) + divisor != 0.0)
-            on_loss = row_weight * inverse
-            if grad_loss is not None:
-                on_loss *= load(grad_loss, row, sizes, exists).to(COMPUTE)
-            on_loss = tl.where(graded, on_loss, 0.0)
-            if not PROBABILITIES:
-                on_loss = tl.where(kept & (in_range == 0), float("nan"), on_loss)
-        if grad_lse is not None:
-            on_lse += load(grad_lse, row, sizes, exists).to(COMPUTE)
-            graded = graded | (exists & (on_lse != 0.0))
-        if grad_entropy is not None:
-            on_entropy = load(grad_entropy, row, sizes, exists).to(COMPUTE)
-            graded = graded | (exists & (on_entropy != 0.0))
-        live = live | graded
-        if STATS:
-            live = exists
+        graded = kept & OF_LOSS
+        live = graded
+        on_e = tl.zeros([ROWS], COMPUTE)
+        if gradient is not None:
+            if OF_LOSS:
+                if ZERO_ON_EMPTY:
+                    graded = graded & (tl.zeros([ROWS], tl.float64) + divisor != 0.0)
+                on_loss = tl.zeros([ROWS], COMPUTE) + inverse
+                if sample_weight is not None:
+                    on_loss *= load(sample_weight, row, sizes, exists).to(COMPUTE)
+                if grad_loss is not None:
+                    on_loss *= load(grad_loss, row, sizes, exists).to(COMPUTE)
+                on_loss = tl.where(graded, on_loss, 0.0)
+            if grad_lse is not None:
+                on_e += load(grad_lse, row, sizes, exists).to(COMPUTE)
+                graded = graded | (on_e != 0.0)
+            if grad_entropy is not None:
+                on_entropy = load(grad_entropy, row, sizes, exists).to(COMPUTE)
+                graded = graded | (on_entropy != 0.0)
+        live = exists if READ_ALL else live | graded
 
-        places = (
-            x,
-            _start(target, start, sizes, shift, UNIT, ROWS) if PROBABILITIES else None,
-            weight - margin * steps[2] if weight is not None else None,
+        tile = Tile(
+            x[:, None],
+            _start(target, row, sizes, UNIT)[:, None] if PROBABILITIES else None,
+            weights,
+            steps,
+            live[:, None],
+            exists[:, None],
+            form,
+            smooth,
         )
-        tile = (places, steps, (classes, margin), form, smooth, (live, exists))
-        lowest = tl.full([ROWS, 1], float("-inf"), COMPUTE)
-        total = tl.zeros([ROWS, BLOCK], COMPUTE)
-        spread = tl.zeros([ROWS, BLOCK if SPREAD else 1], COMPUTE)
-        mixed = tl.zeros([ROWS, BLOCK if MIXED else 1], COMPUTE)
-        sums_by_lane = (lowest, total, spread, mixed, mixed)
-        first = tl.zeros([ROWS, 1], CLASS)
-        largest = (lowest, first, first + classes)
-        likeliest = largest
-        if SINGLE:
-            c, place_of_block, inside = _block(tile, 0, MASKED, BLOCK)
-            logit, slope = _logits(tile, place_of_block, inside, COMPUTE)
-            coefficient, p = _coefficients(tile, place_of_block, inside, COMPUTE)
-            sums_by_lane, e = _add(sums_by_lane, logit, coefficient, inside, SPREAD)
-            if BEST:
-                largest = _largest(largest, logit, c, inside, classes)
-                if PROBABILITIES:
-                    likeliest = _largest(likeliest, p, c, inside, classes)
-        else:
-            blocks = (classes + margin + BLOCK - 1) // BLOCK
-            edges = (0, blocks, tl.maximum(blocks - 1, 1))
-            middle = (1, blocks - 1, 1)
-            read = blocks
-            if not STATS:
-                read *= tl.max(live.to(CLASS))  # a tile of ignored rows is not gone through
-            state = (sums_by_lane, largest, likeliest)
-            first_pass = (0, read, edges[2])
-            state = _scan(tile, state, first_pass, SPREAD, BEST, True, BLOCK, COMPUTE)
-            first_pass = (1, read - 1, 1)
-            state = _scan(tile, state, first_pass, SPREAD, BEST, False, BLOCK, COMPUTE)
-            sums_by_lane, largest, likeliest = state
-        base = _base(sums_by_lane[0])
-        total = tl.sum(sums_by_lane[1], 1, keep_dims=True)
-        log_total = precise_log(total, tl.zeros_like(total))
-        row_lse = base + log_total
-        if SPREAD:
-            row_entropy = log_total + tl.sum(sums_by_lane[2], 1, keep_dims=True) / total
+        head = _edges(margin, span, last, EDGES) if EDGES > 0 else _block(0, None, end, BLOCK)
+        state, block = _add(tile, None, head, last, SPREAD, BEST, COMPUTE)
+        if not SINGLE:
+            stop = span[1]
+            if not READ_ALL:
+                stop *= tl.max(live.to(CLASS))  # a tile of ignored rows is not gone through
+            for first in range(BLOCK if EDGES == 0 else 0, stop, BLOCK):
+                rest = _block(first, span[0], span[1], BLOCK)
+                state = _add(tile, state, rest, last, SPREAD, BEST, COMPUTE)[0]
 
-        pull = tl.zeros([ROWS, 1], COMPUTE)  # the sum of all that multiplies -log p
+        state = _spread_out(state)
+        base = _base(state.top)
+        infinite = state.total == float("inf")
+        total = tl.where(infinite, float("nan"), state.total)  # so are torch's loss and gradient
+        log_total = tl.where(total == 0.0, float("-inf"), log_of_normal(total, None))
+        row_lse = tl.where(infinite, float("inf"), base + log_total)
+        row_entropy = log_total - state.spread / total
+        pull = tl.zeros([ROWS], COMPUTE)  # the sum of all that multiplies -log p
+        value = pull
         if MIXED:
-            pull += tl.sum(sums_by_lane[3], 1, keep_dims=True)
+            pull = state.mixed
+            value = pull * log_total - state.distance
         if loss is not None or sums is not None:
-            value = pull * log_total
-            if MIXED:
-                value += tl.sum(sums_by_lane[4], 1, keep_dims=True)
             if not PROBABILITIES:
                 value += label_weight * ((base - at_label) + log_total)
             if SQUARED:
                 value += z_loss * row_lse * row_lse
-            value *= row_weight
-            if not PROBABILITIES:
-                value = tl.where(in_range, value, float("nan"))
+            if sample_weight is not None:
+                value *= load(sample_weight, row, sizes, exists).to(COMPUTE)
             value = tl.where(kept, value, 0.0)
             if loss is not None:
-                _put_by_row(loss, row, sizes, exists, value, ROWS)
+                _put_by_row(loss, row, sizes, exists, value)
             losses += value
         if lse is not None:
-            _put_by_row(lse, row, sizes, exists, row_lse, ROWS)
+            _put_by_row(lse, row, sizes, exists, row_lse)
         if entropy is not None:
-            _put_by_row(entropy, row, sizes, exists, row_entropy, ROWS)
+            _put_by_row(entropy, row, sizes, exists, row_entropy)
         if BEST:
-            chosen = tl.where(largest[2] < classes, largest[2], largest[1])
+            chosen = state.largest[1]
             if prediction is not None:
-                _put_by_row(prediction, row, sizes, exists, chosen, ROWS)
+                _put_by_row(prediction, row, sizes, exists, chosen - margin)
             if correct is not None:
-                if PROBABILITIES:
-                    right = chosen == tl.where(likeliest[2] < classes, likeliest[2], likeliest[1])
-                else:
-                    right = known & (chosen == y)
-                _put_by_row(correct, row, sizes, exists, right.to(tl.int32), ROWS)
+                right = chosen == state.likeliest[1] if PROBABILITIES else known & (chosen == y)
+                _put_by_row(correct, row, sizes, exists, right.to(tl.int32))
 
         if gradient is not None:
-            label = None
-            if not PROBABILITIES:
-                pull += label_weight
-            if SQUARED:
-                pull += 2.0 * z_loss * row_lse
-            on_e = (tl.where(on_loss == 0.0, 0.0, on_loss * pull) + on_lse) / total
-            on_e = tl.where(graded, on_e, 0.0)
-            factors = (on_e, None, None, None)
+            label, own, on_spread, center, on_mixed = None, None, None, None, None
+            if OF_LOSS:
+                if not PROBABILITIES:
+                    pull += label_weight
+                    label = y[:, None]
+                    own = (on_loss * label_weight)[:, None]
+                if SQUARED:
+                    pull += 2.0 * z_loss * row_lse
+                on_e += on_loss * pull
+                if MIXED:
+                    on_mixed = on_loss[:, None]
+            on_e = tl.where(graded, on_e / total, 0.0)
             if grad_entropy is not None:
-                on_spread = tl.where(graded, -on_entropy / total, 0.0)
-                factors = (on_e, on_spread, log_total - row_entropy, None)
-            if MIXED and OF_LOSS:
-                factors = (factors[0], factors[1], factors[2], on_loss)
-            if not PROBABILITIES and OF_LOSS:
-                place = y + margin
-                own = tl.where(known, on_loss * label_weight, 0.0)
-                label = (y, own, tl.min(place) // BLOCK, tl.max(place) // BLOCK)
-            cleared = None
-            if STATS or ZERO_ON_EMPTY:
-                cleared = graded
-            output = (_start(gradient, start, sizes, shift, UNIT, ROWS), steps[3])
+                on_spread = tl.where(graded, -on_entropy / total, 0.0)[:, None]
+                center = (log_total - row_entropy)[:, None]
+            cleared = graded[:, None] if READ_ALL or ZERO_ON_EMPTY else None
+            factors = Factors(on_e[:, None], on_spread, center, on_mixed, label, own, cleared)
+            output = _start(gradient, row, sizes, UNIT)[:, None]
             if SINGLE:
-                block = (c, place_of_block, inside, True)
-                distance = logit - base
-                _put(tile, output, block, e, distance, slope, coefficient, factors, label, cleared)
+                _put(tile, output, factors, head, block, True)
             else:
-                _rewrite(tile, output, edges, base, factors, label, cleared, True, BLOCK, COMPUTE)
-                _rewrite(tile, output, middle, base, factors, label, cleared, False, BLOCK, COMPUTE)
+                at = base[:, None]
+                if EDGES > 0:
+                    _put_again(tile, output, factors, head, at, True, COMPUTE)
+                for first in range(0, span[1], BLOCK):
+                    rest = _block(first, span[0], span[1], BLOCK)
+                    has_label = True
+                    if label is not None:
+                        has_label = (tl.max(y) >= first) & (tl.min(y) < first + BLOCK)
+                    _put_again(tile, output, factors, rest, at, has_label, COMPUTE)
 
     if sums is not None:
         programs = tl.num_programs(0)
@@ -601,40 +565,46 @@ def _class_dimension(input: Tensor) -> int:
 
 def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, Any], int]:
     """How tiles cut the logits, which come first among the tensors with classes; and how many warps
-    a program has."""
+    a program has. Each warp has rows of its own, unless there is just one row."""
     input = tensors[0]
     dim = _class_dimension(input)
     steps = [t.stride(dim) for t in tensors]
     apart = [[s for d, s in enumerate(t.stride()) if d != dim and t.size(d) > 1] for t in tensors]
+    unit = math.gcd(UNIT, classes, *(s for strides in apart for s in strides))
+    wide = 16 // input.element_size()
     block = triton.next_power_of_2(max(classes, 1))
-    if any(0 < s < steps[0] for s in apart[0]):  # neighbours in memory are rows
-        block = min(block, CLASSES_ACROSS)
-        across = 2 * TILE // block
+    across = triton.next_power_of_2(max(rows, 1))
+    neighbours = any(0 < s < steps[0] for s in apart[0])  # in memory are rows, not classes
+    if neighbours:
+        across = min(across, 4 * 32 * wide)
+        warps = max(1, across // (32 * wide))
+        block = min(block, warps * WARP // across)
+    elif block <= 32 and across >= 128:
+        across = min(across, 512, 4 * WARP // block)
+        warps = 4
     else:
         block = min(block, ROW_BYTES // input.element_size())
-        across = max(1, TILE // block)
-    across = min(across, triton.next_power_of_2(max(rows, 1)))
-    unit = math.gcd(16, classes, *(s for strides in apart for s in strides))
-    single = classes <= block
+        across = max(1, min(across, WARP // block))
+        warps = max(1, min(8, block // WARP))
     shifted = (
-        not single
+        classes > max(block, UNIT)
         and across == 1
-        and block >= 16  # the first block has all of the margin
-        and unit * input.element_size() < 16
+        and unit < wide
         and all(s == 1 for s in steps)
         and all(t.stride() == input.stride() for t in tensors)
     )
     farthest = max(steps) * max(classes, block) + block
     layout = {
-        "UNIT": 16 if shifted else unit,
-        "SHIFTED": shifted,
-        "SINGLE": single,
-        "MASKED": classes < block,
+        "UNIT": UNIT if shifted else unit,
+        # The lanes for which Triton chooses the layout of the other blocks.
+        "EDGES": max(2 * UNIT, warps * 32 * wide) if shifted else 0,
+        "ACROSS": neighbours,
+        "SINGLE": classes <= block,
         "ROWS": across,
         "BLOCK": block,
         "CLASS": tl.int32 if farthest < 2**31 else tl.int64,
     }
-    return layout, max(1, min(8, across * block // (1024 if block >= 1024 else 512)))
+    return layout, warps
 
 
 def _run(
@@ -681,7 +651,7 @@ def _run(
     with_classes = [t for t in (input, target if soft else None, gradient) if t is not None]
     layout, warps = _layout(with_classes, classes, rows)
     tiles = triton.cdiv(rows, layout["ROWS"])
-    programs = min(max(tiles, 1), PROGRAMS)
+    programs = max(1, triton.cdiv(tiles, triton.cdiv(tiles, WARPS // warps) or 1))
     result = sums = counts = None
     if forward and reduction != NONE:
         result = input.new_empty((), dtype=dtype)
