@@ -400,7 +400,7 @@ def _run(
     (out_gradient, out_loss, x, t, *factors), sizes, indexing = _operands(
         input.shape, [gradient, elements, input, target, weight, pos_weight, grad_output]
     )
-    with torch.cuda.device_of(input):
+    with torch.accelerator.device_index(input.device.index):
         if numel and counts is not None and gradient is not None:
             _count[(counters,)](t, counts, numel, count_iterations, sizes, ignore_index, **indexing)
         if numel:
@@ -450,7 +450,7 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
     programs, iterations = _grid(numel, PROGRAMS)
     (operand,), sizes, indexing = _operands(gradient.shape, [gradient])
     if numel:
-        with torch.cuda.device_of(gradient):
+        with torch.accelerator.device_index(gradient.device.index):
             _scale[(programs,)](
                 operand,
                 readable(scale),

@@ -140,29 +140,34 @@ def _edges(begin, span, end, LANES: tl.constexpr):
 
 
 @triton.jit
-def _read(tile, c, inside, COMPUTE: tl.constexpr):
-    """Logits, -inf where there is none; their slopes; what the loss multiplies -log p by, beside
-    the label's own part (None: nothing); probabilities."""
+def _logits(tile, c, inside, COMPUTE: tl.constexpr):
+    """Logits, -inf where there is none, and their slopes."""
     there = tile.live & inside
     x = tl.load(tile.input + c * tile.steps[0], mask=there, other=float("-inf")).to(COMPUTE)
     logit, slope = _capped(x, tile.form)
     if tile.form[2] is not None:
         logit = tl.where(there, logit, float("-inf"))
+    return logit, slope
+
+
+@triton.jit
+def _probabilities(tile, c, inside, COMPUTE: tl.constexpr):
     there = tile.exists & inside
+    return tl.load(tile.target + c * tile.steps[1], mask=there, other=0).to(COMPUTE)
+
+
+@triton.jit
+def _coefficients(tile, p, c, inside, COMPUTE: tl.constexpr):
+    """What the loss multiplies -log p by, beside the label's own part."""
     coefficient = tile.smooth[1]
-    p = None
     if tile.target is not None:
-        p = tl.load(tile.target + c * tile.steps[1], mask=there, other=0).to(COMPUTE)
         coefficient = p * tile.smooth[0]
         if tile.smooth[1] is not None:
             coefficient += tile.smooth[1]
-    if coefficient is not None:
-        if tile.weight is not None:
-            weight = tl.load(tile.weight + c * tile.steps[2], mask=inside, other=0)
-            coefficient *= weight.to(COMPUTE)
-        coefficient = tl.where(there, coefficient, 0.0)
-    mixed: tl.constexpr = coefficient is not None
-    return logit, slope, coefficient if mixed else None, p if tile.target is not None else None
+    if tile.weight is not None:
+        weight = tl.load(tile.weight + c * tile.steps[2], mask=inside, other=0)
+        coefficient *= weight.to(COMPUTE)
+    return tl.where(tile.exists & inside, coefficient, 0.0)
 
 
 @triton.jit
@@ -188,8 +193,15 @@ def _first_of_both(a, b):
 @triton.jit
 def _add(tile, sums, classes, end, SPREAD: tl.constexpr, BEST: tl.constexpr, COMPUTE: tl.constexpr):
     """Reads a block into the sums of its rows; returns what `_put` needs of it, too."""
+    MIXED: tl.constexpr = tile.target is not None or tile.smooth[1] is not None
     c, inside = classes
-    logit, slope, coefficient, p = _read(tile, c, inside, COMPUTE)
+    logit, slope = _logits(tile, c, inside, COMPUTE)
+    p = logit  # not used where there are none; Triton 3.6 cannot return None
+    if tile.target is not None:
+        p = _probabilities(tile, c, inside, COMPUTE)
+    coefficient = logit
+    if MIXED:
+        coefficient = _coefficients(tile, p, c, inside, COMPUTE)
     top = tl.max(logit, 1)
     if sums is not None:
         top = tl.maximum(top, sums.top)
@@ -201,13 +213,13 @@ def _add(tile, sums, classes, end, SPREAD: tl.constexpr, BEST: tl.constexpr, COM
     spread, mixed, distance = zero, zero, zero
     if SPREAD:
         spread = tl.sum(tl.where(e == 0.0, 0.0, e * d), 1)
-    if coefficient is not None:
+    if MIXED:
         mixed = tl.sum(coefficient, 1)
         distance = tl.sum(tl.where(inside, coefficient * d, 0.0), 1)
     largest, likeliest = (zero, zero), (zero, zero)
     if BEST:
         largest = _first_largest(logit, c, inside, end)
-        if p is not None:
+        if tile.target is not None:
             likeliest = _first_largest(p, c, inside, end)
     if sums is not None:
         shrink = tl.exp(sums.top - base)
@@ -218,7 +230,7 @@ def _add(tile, sums, classes, end, SPREAD: tl.constexpr, BEST: tl.constexpr, COM
         distance += sums.distance + sums.mixed * shift
         if BEST:
             largest = _first_of_both(largest, sums.largest)
-            if p is not None:
+            if tile.target is not None:
                 likeliest = _first_of_both(likeliest, sums.likeliest)
     return Sums(top, total, spread, mixed, distance, largest, likeliest), (d, e, slope, coefficient)
 
@@ -266,7 +278,12 @@ def _put(tile, output, factors, classes, block, has_label):
 @triton.jit
 def _put_again(tile, output, factors, classes, base, has_label, COMPUTE: tl.constexpr):
     """`_put` of a block that is read a second time."""
-    logit, slope, coefficient, _ = _read(tile, classes[0], classes[1], COMPUTE)
+    c, inside = classes
+    logit, slope = _logits(tile, c, inside, COMPUTE)
+    coefficient = logit
+    if factors.mixed is not None:
+        p = _probabilities(tile, c, inside, COMPUTE) if tile.target is not None else logit
+        coefficient = _coefficients(tile, p, c, inside, COMPUTE)
     d = logit - base
     _put(tile, output, factors, classes, (d, tl.exp(d), slope, coefficient), has_label)
 
@@ -700,7 +717,7 @@ def _run(
         "ignore_index": ignore_index,
         "INDEX": index,
     }
-    with torch.cuda.device_of(input):
+    with torch.accelerator.device_index(input.device.index):
         if result is not None or counts is not None:
             _prepare[(counters,)](
                 places[1],
