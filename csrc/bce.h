@@ -42,7 +42,7 @@ struct BceArguments {
 template <class Scalar>
 FUSED_CE_HOST_DEVICE FocalOptions<Scalar> focal_options(const FocalOptions<double>& o) {
   return {static_cast<Scalar>(o.positive), static_cast<Scalar>(o.negative),
-          static_cast<Scalar>(o.gamma), static_cast<Scalar>(o.parity)};
+          static_cast<Scalar>(o.gamma), static_cast<Scalar>(o.parity), o.power};
 }
 
 }  // namespace fused_ce

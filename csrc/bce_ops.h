@@ -25,7 +25,8 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   a.ignore_index = ignore_index.value_or(0);
   double parity = gamma != floor(gamma) ? NAN : fmod(gamma, 2) == 0 ? 1.0 : -1.0;
   bool balanced = alpha >= 0;
-  a.focal = {balanced ? alpha : 1.0, balanced ? 1.0 - alpha : 1.0, gamma, parity};
+  int32_t power = gamma <= 8 && gamma == floor(gamma) ? static_cast<int32_t>(gamma) : 0;
+  a.focal = {balanced ? alpha : 1.0, balanced ? 1.0 - alpha : 1.0, gamma, parity, power};
   a.has_denominator = denominator.has_value();
   a.denominator = denominator.value_or(0.0);
   a.zero_on_empty = zero_on_empty;

@@ -58,7 +58,7 @@ double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Rea
     } else {
       LossAndGradient<V> value;
       if constexpr (W::kForm == BceForm::kProbability) {
-        value = BceProbability::evaluate(x, t);
+        value = BceProbability::evaluate<W::kPrecision>(x, t);
       } else {
         value = FocalLogits::evaluate<W::kPrecision>(x, t, focal);
       }
