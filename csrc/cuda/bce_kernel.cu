@@ -376,10 +376,11 @@ bool is_flat(const BceArguments& a, const BceKernelParams& p) {
   auto same = [&](const CudaOperand& operand) {
     return operand.data == nullptr || (flat(operand) && operand.dtype == p.input.dtype);
   };
-  return !a.in_double && a.form == BceForm::kLogits && !a.weight && !a.pos_weight &&
-         (!a.upstream || p.factors[0].access == CudaOperand::kScalar) && !a.normalizer &&
-         !a.has_ignore_index && a.target_shift == 0 && flat(p.input) && flat(p.target) &&
-         (same(p.target) || is_byte(p.target.dtype)) && same(p.loss) && same(p.gradient);
+  return !a.in_double && a.form == BceForm::kLogits && !a.weight && !a.sample_weight &&
+         !a.pos_weight && (!a.upstream || p.factors[0].access == CudaOperand::kScalar) &&
+         !a.normalizer && !a.has_ignore_index && a.target_shift == 0 && flat(p.input) &&
+         flat(p.target) && (same(p.target) || is_byte(p.target.dtype)) && same(p.loss) &&
+         same(p.gradient);
 }
 
 template <class T, class Target, Precision kPrecision>
@@ -482,7 +483,7 @@ void launch_bce(const BceArguments& a, const BcePlan& plan, void* workspace, Rep
   p.target = cuda_operand(a.target, a.space);
   p.pos_weight = cuda_operand(a.pos_weight, a.space);
   p.factors_count = 0;
-  for (const Operand* factor : {&a.weight, &a.upstream}) {
+  for (const Operand* factor : {&a.weight, &a.sample_weight, &a.upstream}) {
     if (*factor) p.factors[p.factors_count++] = cuda_operand(*factor, a.space);
   }
   p.gradient = cuda_operand(a.gradient, a.space);
