@@ -197,10 +197,14 @@ __device__ __forceinline__ void with_form(BceForm form, F f) {
   }
 }
 
+// Blocks that a multiprocessor shall hold: what the registers allow without spilling.
+template <BceForm... kForms>
+constexpr int kBlocks = ((kForms == BceForm::kFocal) || ...) ? 3 : 4;
+
 // T and Target are the types of logits and targets where all operands but weights lie flat and
 // aligned, else Any.
 template <class Real, int kGroup, class T, class Target, Precision kPrecision, BceForm... kForms>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<T, Any> ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kBlocks<kForms...>)
     group_kernel(const __grid_constant__ BceKernelParams p) {
   constexpr bool kFlat = !std::is_same_v<T, Any>;
   double denominator = p.denominator;
