@@ -12,14 +12,15 @@ enum class BceForm : int32_t { kLogits, kProbability, kFocal };
 
 struct BceArguments {
   IndexSpace space;
-  Operand input;       // [*space] logits, or probabilities
-  Operand target;      // [*space]
-  Operand weight;      // [*space] or absent
-  Operand pos_weight;  // [*space] or absent
-  Operand upstream;    // [*space] gradient from above, or absent (1)
-  Operand loss;        // [*space] without reduction, else one element; absent in backward
-  Operand gradient;    // [*space], or absent; may be `input`
-  Operand normalizer;  // one element, or absent
+  Operand input;          // [*space] logits, or probabilities
+  Operand target;         // [*space]
+  Operand weight;         // [*space] or absent
+  Operand pos_weight;     // [*space] or absent
+  Operand sample_weight;  // [*space] or absent: multiplies as `weight` does
+  Operand upstream;       // [*space] gradient from above, or absent (1)
+  Operand loss;           // [*space] without reduction, else one element; absent in backward
+  Operand gradient;       // [*space], or absent; may be `input`
+  Operand normalizer;     // one element, or absent
 
   BceForm form;
   Reduction reduction;
@@ -42,7 +43,7 @@ struct BceArguments {
 template <class Scalar>
 FUSED_CE_HOST_DEVICE FocalOptions<Scalar> focal_options(const FocalOptions<double>& o) {
   return {static_cast<Scalar>(o.positive), static_cast<Scalar>(o.negative),
-          static_cast<Scalar>(o.gamma), static_cast<Scalar>(o.parity)};
+          static_cast<Scalar>(o.gamma), static_cast<Scalar>(o.parity), o.power};
 }
 
 }  // namespace fused_ce

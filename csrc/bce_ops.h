@@ -12,6 +12,7 @@ namespace fused_ce {
 inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
                                   const std::optional<Tensor>& weight,
                                   const std::optional<Tensor>& pos_weight,
+                                  const std::optional<Tensor>& sample_weight,
                                   const std::optional<Tensor>& normalizer, int64_t form,
                                   int64_t reduction, ScalarType dtype, double label_smoothing,
                                   std::optional<int64_t> ignore_index, double alpha, double gamma,
@@ -25,7 +26,8 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   a.ignore_index = ignore_index.value_or(0);
   double parity = gamma != floor(gamma) ? NAN : fmod(gamma, 2) == 0 ? 1.0 : -1.0;
   bool balanced = alpha >= 0;
-  a.focal = {balanced ? alpha : 1.0, balanced ? 1.0 - alpha : 1.0, gamma, parity};
+  int32_t power = gamma <= 8 && gamma == floor(gamma) ? static_cast<int32_t>(gamma) : 0;
+  a.focal = {balanced ? alpha : 1.0, balanced ? 1.0 - alpha : 1.0, gamma, parity, power};
   a.has_denominator = denominator.has_value();
   a.denominator = denominator.value_or(0.0);
   a.zero_on_empty = zero_on_empty;
@@ -42,6 +44,7 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   set_operand(a.target, target, a.space, input, "target");
   set_operand(a.weight, weight, a.space, input, "weight");
   set_operand(a.pos_weight, pos_weight, a.space, input, "pos_weight");
+  set_operand(a.sample_weight, sample_weight, a.space, input, "sample_weight");
   if (normalizer.has_value()) {
     STD_TORCH_CHECK(normalizer->numel() == 1, "normalizer must have one element");
     set_operand(a.normalizer, *normalizer, IndexSpace{}, input, "normalizer");
@@ -50,13 +53,13 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
 }
 
 inline void merge_dimensions(BceArguments& a) {
-  Operand* operands[] = {&a.input,    &a.target, &a.weight,  &a.pos_weight,
-                         &a.upstream, &a.loss,   &a.gradient};
+  Operand* operands[] = {&a.input,         &a.target,   &a.weight, &a.pos_weight,
+                         &a.sample_weight, &a.upstream, &a.loss,   &a.gradient};
   // A reduced loss is one element, not part of the index space.
   bool reduced = a.reduction != Reduction::kNone;
   Operand loss = a.loss;
   if (reduced) a.loss.data = nullptr;
-  merge_dimensions(a.space, operands, 7);
+  merge_dimensions(a.space, operands, 8);
   if (reduced) a.loss.data = loss.data;
 }
 
@@ -78,25 +81,26 @@ Tensor run_forward(BceArguments& a, const Tensor& input, ScalarType dtype) {
 
 template <auto kRun>
 Tensor bce(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-           std::optional<Tensor> pos_weight, std::optional<Tensor> normalizer, int64_t form,
-           int64_t reduction, ScalarType dtype, double label_smoothing,
-           std::optional<int64_t> ignore_index, double alpha, double gamma,
+           std::optional<Tensor> pos_weight, std::optional<Tensor> sample_weight,
+           std::optional<Tensor> normalizer, int64_t form, int64_t reduction, ScalarType dtype,
+           double label_smoothing, std::optional<int64_t> ignore_index, double alpha, double gamma,
            std::optional<double> denominator, bool zero_on_empty) {
   BceArguments a =
-      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
-                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+      bce_arguments(input, target, weight, pos_weight, sample_weight, normalizer, form, reduction,
+                    dtype, label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
   return run_forward<kRun>(a, input, dtype);
 }
 
 template <auto kRun>
 Tensor bce_with_gradient(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                         std::optional<Tensor> pos_weight, std::optional<Tensor> normalizer,
-                         int64_t form, int64_t reduction, ScalarType dtype, double label_smoothing,
+                         std::optional<Tensor> pos_weight, std::optional<Tensor> sample_weight,
+                         std::optional<Tensor> normalizer, int64_t form, int64_t reduction,
+                         ScalarType dtype, double label_smoothing,
                          std::optional<int64_t> ignore_index, double alpha, double gamma,
                          std::optional<double> denominator, bool zero_on_empty, Tensor gradient) {
   BceArguments a =
-      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
-                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+      bce_arguments(input, target, weight, pos_weight, sample_weight, normalizer, form, reduction,
+                    dtype, label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
   set_operand(a.gradient, gradient, a.space, input, "gradient");
   return run_forward<kRun>(a, input, dtype);
 }
@@ -104,13 +108,13 @@ Tensor bce_with_gradient(const Tensor& input, const Tensor& target, std::optiona
 template <auto kRun>
 void bce_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                   std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                  std::optional<Tensor> normalizer, int64_t form, int64_t reduction,
-                  ScalarType dtype, double label_smoothing, std::optional<int64_t> ignore_index,
-                  double alpha, double gamma, std::optional<double> denominator, bool zero_on_empty,
-                  Tensor gradient) {
+                  std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer,
+                  int64_t form, int64_t reduction, ScalarType dtype, double label_smoothing,
+                  std::optional<int64_t> ignore_index, double alpha, double gamma,
+                  std::optional<double> denominator, bool zero_on_empty, Tensor gradient) {
   BceArguments a =
-      bce_arguments(input, target, weight, pos_weight, normalizer, form, reduction, dtype,
-                    label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
+      bce_arguments(input, target, weight, pos_weight, sample_weight, normalizer, form, reduction,
+                    dtype, label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
   set_operand(a.upstream, grad_output, a.space, input, "grad_output");
   set_operand(a.gradient, gradient, a.space, input, "gradient");
   merge_dimensions(a);

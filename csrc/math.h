@@ -79,6 +79,10 @@ FUSED_CE_HOST_DEVICE double absolute(double x) { return fabs(x); }
 FUSED_CE_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
 FUSED_CE_HOST_DEVICE double log(double x) { return ::log(x); }
 template <Precision>
+FUSED_CE_HOST_DEVICE double log(double x) {
+  return ::log(x);
+}
+template <Precision>
 FUSED_CE_HOST_DEVICE double exp_negative(double y) {
   return ::exp(-y);
 }
@@ -120,6 +124,24 @@ __device__ __forceinline__ float reciprocal(float x) {
   return r;
 }
 __device__ __forceinline__ float log(float x) { return logf(x); }
+// One Newton step on the quotient by the approximate reciprocal: the division without its branch
+// for numbers that are subnormal or infinite.
+__device__ __forceinline__ float quotient(float a, float b) {
+  float r = reciprocal(b), q = a * r;
+  return fmaf(fmaf(-b, q, a), r, q);
+}
+__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
+// log(1 + f) in half precision, given 1 + f as well: a series where the hardware's logarithm would
+// lose digits.
+__device__ __forceinline__ float log1p_half(float f, float sum) {
+  float series = fmaf(f, fmaf(f, fmaf(f, -0.25f, 0.333333343f), -0.5f), 1.0f) * f;
+  float direct = __log2f(sum) * 0.693147182464599609375f;
+  return fabsf(f) < 0.0625f ? series : direct;
+}
+template <Precision kPrecision>
+__device__ __forceinline__ float log(float x) {
+  return kPrecision == Precision::kHalf ? log1p_half(x - 1.0f, x) : logf(x);
+}
 
 // exp(-y). The product with log2(e) is rounded once; kFull adds its error back, since at y = 20
 // that rounding alone is 1e-6 of the result.
@@ -200,6 +222,10 @@ template <class V>
 FUSED_CE_HOST_DEVICE V reciprocal(V x) {
   return Machine<V>::reciprocal(x);
 }
+template <class V>
+FUSED_CE_HOST_DEVICE V quotient(V a, V b) {
+  return a / b;
+}
 FUSED_CE_HOST_DEVICE float tanh(float x) { return tanhf(x); }
 FUSED_CE_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
 
@@ -259,8 +285,21 @@ FUSED_CE_HOST_DEVICE V log(V x) {
   result = x < 0.0f ? V{} + __builtin_nanf("") : result;
   return x > 3.4028234e38f || x != x ? x : result;
 }
+template <Precision, class V>
+FUSED_CE_HOST_DEVICE V log(V x) {
+  return log(x);
+}
 
 #endif
+
+// log(1 + f), f > -1, given 1 + f as rounded: (1 - sum) + f is what the rounding took, exactly.
+template <Precision kPrecision, class V>
+FUSED_CE_HOST_DEVICE V log1p(V f, V sum) {
+#if defined(__CUDACC__)
+  if constexpr (kPrecision == Precision::kHalf) return log1p_half(f, sum);
+#endif
+  return math::log(sum) + (sum == 0.0f ? sum : quotient((1.0f - sum) + f, sum));
+}
 
 }  // namespace math
 
@@ -318,10 +357,7 @@ __device__ __forceinline__ float bce_logits_group(const float (&x)[kCount],     
           fmaf(q, positive ? -scale : scale, fmaf(minus_target[i], scale, positive ? scale : 0.0f));
     }
   }
-  // log1p(z): a series where the hardware's logarithm of 1 + z would lose digits.
-  float series = fmaf(z, fmaf(z, fmaf(z, -0.25f, 0.333333343f), -0.5f), 1.0f) * z;
-  float direct = __log2f(1.0f + z) * 0.693147182464599609375f;
-  return wrong_side + (z < 0.0625f ? series : direct);
+  return wrong_side + math::log1p_half(z, 1.0f + z);
 }
 #endif
 
@@ -329,12 +365,11 @@ __device__ __forceinline__ float bce_logits_group(const float (&x)[kCount],     
 //   loss = -(t max(log p, -100) + (1 - t) max(log(1 - p), -100)), gradient (p - t) / max(p (1 - p),
 //   1e-12)
 struct BceProbability {
-  template <class V>
+  template <Precision kPrecision, class V>
   FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V p, V t) {
     V q = 1.0f - p;
-    // 1 - p is rounded; (1 - q) - p is what the rounding took, exactly.
-    V log_q = math::log(q) + (q == 0.0f ? q : ((1.0f - q) - p) / q);
-    V log_p = math::log(p);
+    V log_q = math::log1p<kPrecision>(-p, q);
+    V log_p = math::log<kPrecision>(p);
     log_p = log_p < -100.0f ? V{} - 100.0f : log_p;
     log_q = log_q < -100.0f ? V{} - 100.0f : log_q;
     log_p = p == 0.0f ? p - 100.0f : log_p;
@@ -342,7 +377,7 @@ struct BceProbability {
     const ScalarOf<V> kSmallest = 1e-12;
     V pq = p * q;
     return {-math::multiply_add(t, log_p, (1.0f - t) * log_q),
-            (p - t) / (pq < kSmallest ? V{} + kSmallest : pq)};
+            math::quotient(p - t, pq < kSmallest ? V{} + kSmallest : pq)};
   }
 };
 
@@ -351,12 +386,14 @@ struct FocalOptions {
   Scalar positive, negative;  // alpha and 1 - alpha, or 1 and 1 without balancing
   Scalar gamma;
   Scalar parity;  // the sign of u^gamma for a negative u: NaN where gamma is no integer
+  int32_t power;  // gamma where it is a whole number from 1 to 8, else 0
 };
 
 // Focal loss (Lin et al. 2017, arXiv:1708.02002): alpha_t u^gamma ce(x, t) with u = 1 - p_t.
-// With m, n, e, r as above, u = r (m + n e), so log u needs no subtraction of nearly equal numbers
-// and d log u / dx = (1 - 2t) e r / (m + n e) stays finite where u underflows. A target outside [0,
-// 1] can make u negative.
+// With m, e and r as above and n the coefficient of the right side, u = r (m + n e). Small whole
+// powers are products. Others go by log u, which so needs no subtraction of nearly equal numbers,
+// and by d log u / dx = (1 - 2t) e r / (m + n e), which stays finite where u underflows. A target
+// outside [0, 1] can make u negative.
 struct FocalLogits {
   template <Precision kPrecision, class V>
   FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(
@@ -365,29 +402,44 @@ struct FocalLogits {
     V y = math::absolute(x);
     V e = math::exp_negative<kPrecision>(y);
     V r = math::reciprocal(1.0f + e);
+    if constexpr (kPrecision == Precision::kFull) {
+      // A Newton step, which takes the rounding of 1 + e into account: powers multiply r's error.
+      r = math::multiply_add(r, math::multiply_add(-e, r, 1.0f - r), r);
+    }
+    V q = e * r;
     V log1p_e = math::log1p_unit<kPrecision>(e);
     V m = x >= 0.0f ? negative : t;
     V n = x >= 0.0f ? t : negative;
-    V wrong_side = m == 0.0f ? m : m * y;
-    V ce = wrong_side + log1p_e;
-    V ce_gradient = math::multiply_add(-e, r, m);
-    ce_gradient = x >= 0.0f ? ce_gradient : -ce_gradient;
-    // u = r base, or r e base on the right side of a hard label.
-    V base = m == 0.0f ? n : math::multiply_add(n, e, m);
-    V slope = (negative - t) * r;
-    V u_slope = (m == 0.0f ? slope : slope * e) / base;
-    V modulation = V{} + 1.0f;
-    if (options.gamma != 0.0f) {
-      V log_u = math::log(math::absolute(base)) - (m == 0.0f ? y : V{}) - log1p_e;
+    V ce = m == 0.0f ? log1p_e : math::multiply_add(m, y, log1p_e);
+    // u^gamma and its derivative, both this and that of ce for x >= 0: for x < 0 they turn signs.
+    V modulation, slope;
+    if (options.power > 0) {
+      V u = r * math::multiply_add(n, e, m);
+      V u2 = u * u;
+      int32_t exponent = options.power - 1;
+      V lower = exponent & 1 ? u : V{} + 1.0f;
+      if (exponent & 2) lower *= u2;
+      if (exponent & 4) lower *= u2 * u2;
+      modulation = lower * u;
+      slope = lower * options.gamma * ((m - n) * r * q);
+    } else if (options.gamma != 0.0f) {
+      // u = r base, or r e base on the right side of a hard label.
+      V base = m == 0.0f ? n : math::multiply_add(n, e, m);
+      V log_u = math::log<kPrecision>(math::absolute(base)) - (m == 0.0f ? y : V{}) - log1p_e;
       modulation = math::exp_negative<kPrecision>(log_u * -options.gamma);
       modulation = base < 0.0f ? modulation * options.parity : modulation;
+      V log_slope = (m - n) * r;
+      log_slope = (m == 0.0f ? log_slope : log_slope * e) / base;
+      slope = modulation * options.gamma * log_slope;
+    } else {
+      modulation = V{} + 1.0f;
+      slope = V{};
     }
-    V factor =
-        modulation * math::multiply_add(V{} + options.positive, t, options.negative * negative);
+    V factor = math::multiply_add(V{} + options.positive, t, options.negative * negative);
     // At an infinite logit on the wrong side the loss is infinite while u stands still.
-    V slope_of_u = u_slope == 0.0f ? ce_gradient
-                                   : math::multiply_add(ce * options.gamma, u_slope, ce_gradient);
-    return {factor * ce, factor * slope_of_u};
+    V steeper = slope == 0.0f ? slope : ce * slope;
+    V gradient = factor * math::multiply_add(modulation, m - q, steeper);
+    return {modulation * (factor * ce), x >= 0.0f ? gradient : -gradient};
   }
 };
 

@@ -10,10 +10,10 @@
 #include "cuda/device.h"
 #endif
 
-#define FUSED_CE_BCE_ARGUMENTS                                                                \
-  "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, int " \
-  "form, "                                                                                    \
-  "int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, float alpha, "  \
+#define FUSED_CE_BCE_ARGUMENTS                                                               \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? sample_weight, " \
+  "Tensor? normalizer, int form, "                                                           \
+  "int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, float alpha, " \
   "float gamma, float? denominator, bool zero_on_empty"
 
 #define FUSED_CE_SOFTMAX_CE_ARGUMENTS                                                         \

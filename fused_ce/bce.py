@@ -403,12 +403,7 @@ def _prepare(
     if is_autocast_enabled(input) and torch.float64 not in (dtype, input.dtype):
         dtype = torch.float32
     if sample_weight is not None:
-        rows = read_sample_weight(sample_weight, input, input.shape)
-        if weight is None:
-            weight = rows
-        else:  # in the precision of the arithmetic: a product of half types would be rounded to one
-            in_double = torch.float64 in (dtype, input.dtype)
-            weight = weight * rows.to(torch.float64 if in_double else torch.float32)
+        sample_weight = read_sample_weight(sample_weight, input, input.shape)
     normalizer, denominator = read_normalizer(normalizer, input)
     options = (
         form,
@@ -422,28 +417,26 @@ def _prepare(
         zero_on_empty,
     )
     try:
-        return _apply(input, target, weight, pos_weight, normalizer, options, inplace)
+        tensors = (input, target, weight, pos_weight, sample_weight, normalizer)
+        return _apply(tensors, options, inplace)
     except RuntimeError as error:  # what an earlier call has found on CUDA
         raise_index_error(str(error))
         raise
 
 
 def _apply(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    normalizer: Tensor | None,
+    arguments: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     options: tuple[Any, ...],
     inplace: bool,
 ) -> Tensor:
-    arguments = (input, target, weight, pos_weight, normalizer)
+    input, target, weight, pos_weight, sample_weight, normalizer = arguments
     if transforms_active() or (normalizer is not None and normalizer.requires_grad):
         return reference.bce(*arguments, *options)
     others_require_grad = (
         target.requires_grad
         or (weight is not None and weight.requires_grad)
         or (pos_weight is not None and pos_weight.requires_grad)
+        or (sample_weight is not None and sample_weight.requires_grad)
     )
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
         return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
@@ -473,6 +466,7 @@ class _BCE(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         pos_weight: Tensor | None,
+        sample_weight: Tensor | None,
         normalizer: Tensor | None,
         options: tuple[Any, ...],
         overwritten: Overwritten | None,
@@ -480,7 +474,8 @@ class _BCE(torch.autograd.Function):
         gradient = None
         if ctx.needs_input_grad[0] and options[1] != NONE:
             gradient = forward_gradient(input, overwritten)
-        arguments = (input, target, weight, pos_weight, normalizer, *options)
+        tensors = (target, weight, pos_weight, sample_weight, normalizer)
+        arguments = (input, *tensors, *options)
         loss: Tensor
         if gradient is None:
             loss = _bce_op(*arguments)
@@ -489,27 +484,26 @@ class _BCE(torch.autograd.Function):
         ctx.options = options
         ctx.overwritten = overwritten
         if torch.compiler.is_compiling():
-            ctx.save_for_backward(input, target, weight, pos_weight, normalizer, gradient)
+            ctx.save_for_backward(input, *tensors, gradient)
         else:
             ctx.gradient = gradient
             kept = input if overwritten is None else None
-            ctx.save_for_backward(kept, target, weight, pos_weight, normalizer)
+            ctx.save_for_backward(kept, *tensors)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, pos_weight, normalizer, *rest = ctx.saved_tensors
+        input, target, weight, pos_weight, sample_weight, normalizer, *rest = ctx.saved_tensors
         if torch.compiler.is_compiling():
             gradient = rest[0]
             if gradient is not None:
-                return (gradient * grad_output, *(None,) * 6)
+                return (gradient * grad_output, *(None,) * 7)
             gradient = torch.empty_like(input)
-            _bce_backward_op(
-                grad_output, input, target, weight, pos_weight, normalizer, *ctx.options, gradient
-            )
-            return (gradient, *(None,) * 6)
+            tensors = (input, target, weight, pos_weight, sample_weight)
+            _bce_backward_op(grad_output, *tensors, normalizer, *ctx.options, gradient)
+            return (gradient, *(None,) * 7)
 
-        others = (target, weight, pos_weight)
+        others = (target, weight, pos_weight, sample_weight)
 
         def function(*tensors: Any) -> tuple[Tensor]:
             return (reference.bce(*(*tensors, normalizer, *ctx.options)),)
@@ -527,7 +521,7 @@ _bce_function: Callable[..., Tensor] = super(torch.autograd.Function, _BCE).appl
 
 
 def _bce_fake(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    reduction, dtype = rest[4], rest[5]
+    reduction, dtype = rest[5], rest[6]
     if reduction == NONE:
         return torch.empty_like(input, dtype=dtype)
     return input.new_empty((), dtype=dtype)

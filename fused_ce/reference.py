@@ -56,6 +56,7 @@ def bce(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    sample_weight: Tensor | None,
     normalizer: Tensor | None,
     form: int,
     reduction: int,
@@ -88,8 +89,9 @@ def bce(
         loss = loss * _focal_modulation(x, t, gamma)
         if alpha >= 0:
             loss = loss * (alpha * t + (1 - alpha) * negative)
-    if weight is not None:
-        loss = loss * weight.to(compute)
+    for factor in (weight, sample_weight):
+        if factor is not None:
+            loss = loss * factor.to(compute)
     if kept is not None:
         loss = torch.where(kept, loss, 0.0)
     if reduction == NONE:

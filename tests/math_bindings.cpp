@@ -73,13 +73,13 @@ void define_math(py::module_ m) {
     return map<V>(f, x, negative, positive, scale);
   });
   m.def("probability", [](Values p, Values t) {
-    return map<V>([](V v, V u) { return BceProbability::evaluate(v, u); }, p, t);
+    return map<V>([](V v, V u) { return BceProbability::evaluate<kFull>(v, u); }, p, t);
   });
   m.def("focal", [](Values x, Values t, double positive, double negative, double gamma,
-                    double parity) {
+                    double parity, int32_t power) {
     using Scalar = ScalarOf<V>;
     FocalOptions<Scalar> options{static_cast<Scalar>(positive), static_cast<Scalar>(negative),
-                                 static_cast<Scalar>(gamma), static_cast<Scalar>(parity)};
+                                 static_cast<Scalar>(gamma), static_cast<Scalar>(parity), power};
     return map<V>([&](V v, V u) { return FocalLogits::evaluate<kFull>(v, u, options); }, x, t);
   });
 }

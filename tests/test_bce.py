@@ -857,6 +857,8 @@ def test_inplace_backward_writes_only_for_a_gradient(device: str) -> None:
         ({}, 1),  # the gradient
         ({"reduction": "sum"}, 1),
         ({"weight": torch.rand(100), "pos_weight": torch.rand(100)}, 1),
+        # each a hundredth of the logits, their product as large as these
+        ({"weight": torch.rand(100), "sample_weight": torch.rand(100)}, 1),
         ({"inplace_backward": True}, 0),
     ],
     ids=str,

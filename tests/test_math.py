@@ -207,8 +207,8 @@ def test_logits_special(bindings: Any, kind: str) -> None:
     assert gradient[:5].tolist() == [0, 0, 1, -1, 0.5]
     assert np.isnan(loss[5])
     assert np.isnan(gradient[5])
-    for gamma in (0, 0.5, 2, 5):
-        arguments = (x, t, 0.25, 0.75, gamma, -1)
+    for gamma, power in ((0, 0), (0.5, 0), (2, 2), (5, 5), (5, 0)):
+        arguments = (x, t, 0.25, 0.75, gamma, -1, power)
         loss, gradient = getattr(bindings, kind).focal(*arguments).reshape(2, -1)
         assert loss[:4].tolist() == [0, 0, np.inf, np.inf]
         assert gradient[:4].tolist() == [0, 0, 0.75, -0.25]
@@ -238,8 +238,11 @@ def test_probability(bindings: Any, kind: str) -> None:
     assert np.isnan(special).all()
 
 
-@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
-def test_focal(bindings: Any, kind: str, gamma: float) -> None:
+@pytest.mark.parametrize(
+    ("gamma", "power"),  # by logarithms, and by products of each kind
+    [(0, 0), (0.5, 0), (1, 0), (2, 0), (5, 0), (1, 1), (2, 2), (3, 3), (5, 5), (8, 8)],
+)
+def test_focal(bindings: Any, kind: str, gamma: float, power: int) -> None:
     dtype = dtype_of(kind)
     x = logits(dtype)
     rise, fall = right("softplus", x), right("softplus", -x)
@@ -252,8 +255,9 @@ def test_focal(bindings: Any, kind: str, gamma: float) -> None:
         size = np.abs(u)
         # how much larger the terms of u are than u
         spread = (abs(a) * p + abs(t) * q) / size
-        # gamma multiplies the rounding of log u, and that of u where it is a sum
-        condition = 1 + gamma * (np.abs(np.log(size)) + (spread if label not in (0, 1) else 0))
+        # gamma multiplies the rounding of log u, and that of u where it is a sum; or that of u
+        of_log = 1 if power else np.abs(np.log(size))
+        condition = 1 + gamma * (of_log + (spread if label not in (0, 1) else 0))
         modulation = size**gamma * np.where(u < 0, parity, 1)
         slope = (a - t) * p * q / u
         ce, ce_x = a * rise + t * fall, a * p - t * q
@@ -261,7 +265,7 @@ def test_focal(bindings: Any, kind: str, gamma: float) -> None:
         ce_x_terms = np.where(x >= 0, abs(a), abs(t)) + (abs(a) + abs(t)) * np.minimum(p, q)
         x_terms = ce_x_terms + ce_terms * gamma * np.abs(slope) * spread
         for of_positive, of_negative in ((0.25, 0.75), (1, 1)):
-            arguments = (x, np.full_like(x, label), of_positive, of_negative, gamma, parity)
+            arguments = (x, np.full_like(x, label), of_positive, of_negative, gamma, parity, power)
             loss, gradient = getattr(bindings, kind).focal(*arguments).reshape(2, -1)
             factor = (of_positive * t + of_negative * a) * modulation
             terms = (of_positive * abs(t) + of_negative * abs(a)) * size**gamma * condition

@@ -610,7 +610,8 @@ def test_inductor(reduction: str, device: str) -> None:
 def op_arguments(
     x: Tensor, t: Tensor, form: int = 0, reduction: int = 1, **tensors: Tensor
 ) -> tuple[Any, ...]:
-    weights = [tensors.get(name) for name in ("weight", "pos_weight", "normalizer")]
+    names = ("weight", "pos_weight", "sample_weight", "normalizer")
+    weights = [tensors.get(name) for name in names]
     return (x, t, *weights, form, reduction, torch.float32, 0.1, -1, 0.25, 2.0, None, False)
 
 
@@ -618,7 +619,8 @@ def op_arguments(
 @pytest.mark.parametrize("form", [0, 1, 2], ids=[f.name for f in FORMS])
 def test_opcheck(form: int, reduction: int, device: str) -> None:
     x, t = make_input(FORMS[form], (4, 5)).to(device), make_target((4, 5)).to(device)
-    dense = op_arguments(x, t, form, reduction, weight=torch.rand(5).to(device))
+    weights = {"weight": torch.rand(5).to(device), "sample_weight": torch.rand(4, 1).to(device)}
+    dense = op_arguments(x, t, form, reduction, **weights)
     if form == 0:
         dense = op_arguments(
             x, t, pos_weight=torch.rand(4, 1).to(device), normalizer=torch.tensor(3.0).to(device)

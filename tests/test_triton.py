@@ -80,6 +80,7 @@ class Call(NamedTuple):
     target: Tensor
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
+    sample_weight: Tensor | None = None
     normalizer: Tensor | None = None
     form: int = LOGITS
     reduction: int = MEAN
@@ -87,7 +88,7 @@ class Call(NamedTuple):
     extras: Extras = Extras()
 
     def arguments(self) -> list[Any]:
-        tensors = [None if t is None else on(t, DEVICE) for t in self[:5]]
+        tensors = [None if t is None else on(t, DEVICE) for t in self[:6]]
         return [*tensors, self.form, self.reduction, self.dtype or self.input.dtype, *self.extras]
 
 
@@ -121,8 +122,9 @@ def exact(call: Call, upstream: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
         loss = exact_probability_loss(p, t)
     else:
         loss = exact_focal_loss(p, t, extras.alpha, extras.gamma)
-    if call.weight is not None:
-        loss = loss * call.weight.double()
+    for weight in (call.weight, call.sample_weight):
+        if weight is not None:
+            loss = loss * weight.double()
     loss = torch.where(kept, loss, 0.0)
     if call.reduction != NONE:
         divisor = torch.tensor(1.0, dtype=torch.float64)
@@ -232,6 +234,7 @@ def test_broadcasting(shape: tuple[int, ...], layout: str) -> None:
     t = make_target(IMAGE)
     check(Call(x, LAYOUTS[layout](t), weight, pos_weight))
     check(Call(x, t, pos_weight, weight, reduction=NONE))
+    check(Call(x, t, weight, sample_weight=pos_weight))
 
 
 @launches
@@ -1006,7 +1009,9 @@ def test_compiles(dtype: str, capability: int) -> None:
     elements = {
         "input": flat,
         "target": flat,
-        **dict.fromkeys(("weight", "pos_weight", "upstream", "gradient", "loss", "sums")),
+        **dict.fromkeys(
+            ("weight", "pos_weight", "sample_weight", "upstream", "gradient", "loss", "sums")
+        ),
         **mean,
         **dict.fromkeys(("numel", "iterations"), "i32"),
         "sizes": (),

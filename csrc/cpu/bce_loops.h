@@ -58,7 +58,7 @@ double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Rea
     } else {
       LossAndGradient<V> value;
       if constexpr (W::kForm == BceForm::kProbability) {
-        value = BceProbability::evaluate(x, t);
+        value = BceProbability::evaluate<W::kPrecision>(x, t);
       } else {
         value = FocalLogits::evaluate<W::kPrecision>(x, t, focal);
       }
@@ -140,7 +140,7 @@ double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Rea
 template <class Real>
 struct Buffers {
   alignas(64) Real input[kBlock], target[kBlock], negative[kBlock], positive[kBlock],
-      weight[kBlock], upstream[kBlock], loss[kBlock], gradient[kBlock];
+      weight[kBlock], sample_weight[kBlock], upstream[kBlock], loss[kBlock], gradient[kBlock];
   bool ignored[kBlock];
 };
 
@@ -202,8 +202,9 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
   constexpr int kStep = Computing<Real>::kStep;
   Buffers<Real> buffers;
   // Where nothing goes through the buffers, the chunk is one block.
-  bool is_flat = fits<T, Target>(a);
-  const Operand* others[] = {&a.weight, &a.pos_weight, &a.upstream};
+  bool two_weights = a.weight && a.sample_weight;
+  bool is_flat = fits<T, Target>(a) && !two_weights;
+  const Operand* others[] = {&a.weight, &a.pos_weight, &a.sample_weight, &a.upstream};
   bool is_common = a.upstream && a.space.rank == 1 && a.upstream.strides[0] == 0;
   Real common_upstream = 1;
   if (is_common && begin < end) gather(a.upstream, a.space, begin, 1, &common_upstream);
@@ -250,7 +251,13 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
     block.input = view(a.input, buffers.input, 0, true, T{});
     block.target = view(a.target, buffers.target, 0, true, Target{});
     block.negative = view(Operand{}, buffers.negative, 0, smooths, Real{});
-    block.weight = view(a.weight, buffers.weight, 1, through_buffers, Real{});
+    block.weight =
+        view(a.weight ? a.weight : a.sample_weight, buffers.weight, 1, through_buffers, Real{});
+    if (two_weights) {
+      const Real* other = view(a.sample_weight, buffers.sample_weight, 1, false, Real{});
+      for (int i = 0; i < padded_count; ++i) buffers.weight[i] = block.weight[i] * other[i];
+      block.weight = buffers.weight;
+    }
     block.positive = view(a.pos_weight, buffers.positive, 1, false, Real{});
     block.common_upstream = common_upstream;
     block.upstream = is_common ? nullptr : view(a.upstream, buffers.upstream, 1, false, Real{});

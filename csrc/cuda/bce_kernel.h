@@ -18,8 +18,10 @@ struct BceWorkspace {
 
 struct BceKernelParams {
   CudaSpace space;
-  CudaOperand input, target, weight, pos_weight, upstream, loss, gradient;  // each [*space]
-  TypedPointer normalizer;                                                  // [1] or null
+  CudaOperand input, target, pos_weight, loss, gradient;  // each [*space]
+  int factors_count;
+  CudaOperand factors[3];    // [factors_count], each [*space]: what multiplies loss and gradient
+  TypedPointer normalizer;   // [1] or null
   TypedPointer loss_scalar;  // [1] or null: where the reduced loss goes
   BceWorkspace workspace;
   Report* report;  // [1] host-mapped; receives the first probability outside [0, 1]
@@ -28,6 +30,7 @@ struct BceKernelParams {
   double target_scale, target_shift;
   bool has_ignore_index, counts_kept, zero_on_empty, is_mean;
   int64_t ignore_index;
+  float ignore_float;  // the same where it is a float, else NaN
   FocalOptions<double> focal;
   double denominator;  // of the mean, where neither `normalizer` nor `counts_kept`
 };

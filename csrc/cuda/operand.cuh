@@ -30,9 +30,7 @@ struct CudaSpace {
 };
 
 struct CudaOperand {
-  // kPeriodic: dense along dimension 0 and broadcast along the others, as a weight for each class
-  // is.
-  enum Access : int32_t { kAbsent, kFlat, kScalar, kPeriodic, kStrided };
+  enum Access : int32_t { kAbsent, kFlat, kScalar, kStrided };
   void* data;
   Dtype dtype;
   Access access;
@@ -52,19 +50,15 @@ inline CudaSpace cuda_space(const IndexSpace& space) {
 inline CudaOperand cuda_operand(const Operand& operand, const IndexSpace& space) {
   CudaOperand result{operand.data, operand.dtype, CudaOperand::kAbsent, false, {}};
   if (!operand) return result;
-  bool flat = true, scalar = true, periodic = operand.strides[0] == 1;
+  bool flat = true, scalar = true;
   int64_t expected = 1;
   for (int d = 0; d < space.rank; ++d) {
     result.strides[d] = operand.strides[d];
     flat &= operand.strides[d] == expected;
     scalar &= operand.strides[d] == 0;
-    periodic &= d == 0 || operand.strides[d] == 0;
     expected *= space.sizes[d];
   }
-  result.access = flat       ? CudaOperand::kFlat
-                  : scalar   ? CudaOperand::kScalar
-                  : periodic ? CudaOperand::kPeriodic
-                             : CudaOperand::kStrided;
+  result.access = flat ? CudaOperand::kFlat : scalar ? CudaOperand::kScalar : CudaOperand::kStrided;
   result.aligned = reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
   return result;
 }
@@ -100,14 +94,15 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Group {
   T values[kCount];
 };
 
-template <class T, int kCount>
-__device__ __forceinline__ void unpack(const Group<T, kCount>& group, float (&out)[kCount]) {
+template <class T, class Real, int kCount>
+__device__ __forceinline__ void unpack(const Group<T, kCount>& group, Real (&out)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = to_real<float>(group.values[i]);
+  for (int i = 0; i < kCount; ++i) out[i] = to_real<Real>(group.values[i]);
 }
 // Two bfloat16 share a 32-bit word; each is the upper half of a float. In PTX, since C++ would move
 // every word between integer and float registers.
 template <int kCount>
+  requires(kCount % 2 == 0)
 __device__ __forceinline__ void unpack(const Group<__nv_bfloat16, kCount>& group,
                                        float (&out)[kCount]) {
   uint32_t words[kCount / 2];
@@ -138,7 +133,13 @@ __device__ __forceinline__ void unpack_negated(const Group<T, kCount>& group,
   }
 }
 
+template <class T, class Real, int kCount>
+__device__ __forceinline__ void pack(const Real (&from)[kCount], Group<T, kCount>& group) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) group.values[i] = from_real<T>(from[i]);
+}
 template <int kCount>
+  requires(kCount % 2 == 0)
 __device__ __forceinline__ void pack(const float (&from)[kCount],
                                      Group<__nv_bfloat16, kCount>& group) {
   __nv_bfloat162 pairs[kCount / 2];
@@ -149,16 +150,12 @@ __device__ __forceinline__ void pack(const float (&from)[kCount],
   memcpy(&group, pairs, sizeof(pairs));
 }
 template <int kCount>
+  requires(kCount % 2 == 0)
 __device__ __forceinline__ void pack(const float (&from)[kCount], Group<__half, kCount>& group) {
   __half2 pairs[kCount / 2];
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) pairs[i] = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
   memcpy(&group, pairs, sizeof(pairs));
-}
-template <int kCount>
-__device__ __forceinline__ void pack(const float (&from)[kCount], Group<float, kCount>& group) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) group.values[i] = from[i];
 }
 
 template <class F>
@@ -199,11 +196,16 @@ __device__ __forceinline__ void with_float_type(Dtype dtype, F f) {
   }
 }
 
-__device__ __forceinline__ int64_t offset_of(const CudaOperand& operand, const CudaSpace& space,
-                                             int64_t index) {
-  if (operand.access == CudaOperand::kFlat) return index;
-  if (operand.access == CudaOperand::kScalar) return 0;
-  int64_t offset = 0;
+// Where an element lies, and how many from it on lie strides[0] apart.
+struct Run {
+  int64_t offset, length;
+};
+
+__device__ __forceinline__ Run run_of(const CudaOperand& operand, const CudaSpace& space,
+                                      int64_t index) {
+  if (operand.access == CudaOperand::kFlat) return {index, space.numel - index};
+  if (operand.access == CudaOperand::kScalar) return {0, space.numel - index};
+  Run run{0, space.sizes[0] - index};
   int last = space.rank - 1;
 #pragma unroll 1
   for (int d = 0; d < last; ++d) {
@@ -211,10 +213,18 @@ __device__ __forceinline__ int64_t offset_of(const CudaOperand& operand, const C
     int64_t quotient = static_cast<int64_t>(__umul64hi(index, space.reciprocals[d]));
     int64_t remainder = index - quotient * space.sizes[d];
     bool is_less = remainder >= space.sizes[d];
-    offset += (is_less ? remainder - space.sizes[d] : remainder) * operand.strides[d];
+    if (is_less) remainder -= space.sizes[d];
+    if (d == 0) run.length = space.sizes[0] - remainder;
+    run.offset += remainder * operand.strides[d];
     index = is_less ? quotient + 1 : quotient;
   }
-  return offset + index * operand.strides[last];
+  run.offset += index * operand.strides[last];
+  return run;
+}
+
+__device__ __forceinline__ int64_t offset_of(const CudaOperand& operand, const CudaSpace& space,
+                                             int64_t index) {
+  return run_of(operand, space, index).offset;
 }
 
 template <class Real>
@@ -245,6 +255,104 @@ template <class Real>
 __device__ __forceinline__ void store(const CudaOperand& operand, const CudaSpace& space,
                                       int64_t index, Real value) {
   store(TypedPointer{operand.data, operand.dtype}, offset_of(operand, space, index), value);
+}
+
+// Groups of kCount neighbouring elements. Whatever has to be decided of an operand is decided once
+// a group, or once for each run in it.
+
+// In the place of a type: a dtype known at run time only.
+struct Any {};
+
+// Calls f with a pointer of the dtype's type, which is T or float unless T is Any.
+template <class T, class F>
+__device__ __forceinline__ void with_type_like(Dtype dtype, F f) {
+  if constexpr (std::is_same_v<T, Any>) {
+    with_type(dtype, f);
+  } else if (dtype == Dtype::kFloat32) {
+    f(static_cast<float*>(nullptr));
+  } else {
+    f(static_cast<T*>(nullptr));
+  }
+}
+
+// A whole group to and from memory that is aligned as it is.
+template <class T, class Real, int kCount>
+__device__ __forceinline__ void load_whole(const Group<T, kCount>* group,  // [1]
+                                           Real (&out)[kCount]) {
+  Group<T, kCount> packed = *group;
+  unpack(packed, out);
+}
+template <class T, class Real, int kCount>
+__device__ __forceinline__ void store_whole(Group<T, kCount>* group,  // [1]
+                                            const Real (&values)[kCount]) {
+  Group<T, kCount> packed;
+  pack(values, packed);
+  *group = packed;
+}
+
+// Calls f(offset, begin, end) for each run among the elements first .. first + kCount.
+template <int kCount, class F>
+__device__ __forceinline__ void for_each_run(const CudaOperand& operand, const CudaSpace& space,
+                                             int64_t first, F f) {
+  int begin = 0;
+#pragma unroll 1
+  do {
+    Run run = run_of(operand, space, first + begin);
+    int end = run.length < kCount - begin ? begin + static_cast<int>(run.length) : kCount;
+    f(run.offset, begin, end);
+    begin = end;
+  } while (begin < kCount);
+}
+
+// The same element by element: f(i, memory of element i). Where the elements lie as a Group does,
+// calls whole(memory of the group) instead.
+template <class T, int kCount, class Whole, class F>
+__device__ __forceinline__ void for_each_element(const CudaOperand& operand, int64_t offset,
+                                                 int begin, int end, Whole whole, F f) {
+  T* data = static_cast<T*>(operand.data) + offset;
+  int64_t stride = operand.strides[0];
+  if (end - begin == kCount && stride == 1 &&
+      reinterpret_cast<uintptr_t>(data) % alignof(Group<T, kCount>) == 0) {
+    return whole(reinterpret_cast<Group<T, kCount>*>(data));
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i >= begin && i < end) {
+      f(i, data);
+      data += stride;
+    }
+  }
+}
+
+// Elements of any strides, of a dtype as with_type_like takes it.
+template <class T, class Real, int kCount>
+__device__ __forceinline__ void load_group(const CudaOperand& operand, const CudaSpace& space,
+                                           int64_t first, Real (&out)[kCount]) {
+  for_each_run<kCount>(operand, space, first, [&](int64_t offset, int begin, int end) {
+    with_type_like<T>(operand.dtype, [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      for_each_element<S, kCount>(
+          operand, offset, begin, end,
+          [&](const Group<S, kCount>* group) { load_whole(group, out); },
+          [&](int i, const S* element) { out[i] = to_real<Real>(*element); });
+    });
+  });
+}
+
+template <class T, class Real, int kCount>
+__device__ __forceinline__ void store_group(const CudaOperand& operand, const CudaSpace& space,
+                                            int64_t first, const Real (&values)[kCount]) {
+  for_each_run<kCount>(operand, space, first, [&](int64_t offset, int begin, int end) {
+    with_type_like<T>(operand.dtype, [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      if constexpr (!std::is_integral_v<S>) {
+        for_each_element<S, kCount>(
+            operand, offset, begin, end,
+            [&](Group<S, kCount>* group) { store_whole(group, values); },
+            [&](int i, S* element) { *element = from_real<S>(values[i]); });
+      }
+    });
+  });
 }
 
 #endif

@@ -138,7 +138,7 @@ def _focal(x, a, t, alpha, beta, gamma, parity, POWER: tl.constexpr):
         log_v = precise_log(tl.abs(tl.where(only_n, n, v)), tl.zeros_like(v))
         log_v -= tl.where(only_n, y, 0.0)
         log_u = log_v - log1p
-        modulation = tl.exp(gamma * log_u) * tl.where(v < 0.0, parity, 1.0)
+        modulation = _exp_minus(-gamma * log_u) * tl.where(v < 0.0, parity, 1.0)
         modulation_slope = gamma * modulation * (a - t) * r * tl.where(only_n, 1.0 / n, e / v)
     steeper = tl.where(modulation_slope == 0.0, 0.0, loss * modulation_slope)  # not inf * 0
     alpha_t = alpha * t + beta * a
@@ -196,6 +196,7 @@ def _elements(
     target,
     weight,  # operand or None
     pos_weight,  # operand or None
+    sample_weight,  # operand or None: multiplies as `weight` does
     upstream,  # operand or None: what the gradient is multiplied by
     gradient,  # operand or None: written; may be the input itself
     loss,  # operand or None: written, one loss per element
@@ -265,6 +266,10 @@ def _elements(
             value, slope = _focal(x, a, t, alpha, beta, gamma, parity, POWER)
         if weight is not None:
             w = load(weight, index, sizes, mask).to(COMPUTE)
+            value *= w
+            slope *= w
+        if sample_weight is not None:
+            w = load(sample_weight, index, sizes, mask).to(COMPUTE)
             value *= w
             slope *= w
         value = tl.where(keep, value, 0.0)
@@ -358,6 +363,7 @@ def _run(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    sample_weight: Tensor | None,
     normalizer: Tensor | None,
     form: int,
     reduction: int,
@@ -398,7 +404,8 @@ def _run(
         "ZERO_ON_EMPTY": zero_on_empty,
     }
     (out_gradient, out_loss, x, t, *factors), sizes, indexing = _operands(
-        input.shape, [gradient, elements, input, target, weight, pos_weight, grad_output]
+        input.shape,
+        [gradient, elements, input, target, weight, pos_weight, sample_weight, grad_output],
     )
     with torch.accelerator.device_index(input.device.index):
         if numel and counts is not None and gradient is not None:
