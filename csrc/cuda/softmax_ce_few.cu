@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     RowTarget<float> target = load_target<float>(p, row);
     bool reads = target.is_kept || p.reads_all;
     const T* x = static_cast<const T*>(p.input.data) + row_offset(p.input, p.rows, row);
-    RowSums<float, false> sums = RowSums<float, false>::none();
-    RowResult<float> result{};
+    auto sums = RowSums<float, Terms::kPlain>::none();
+    SoftmaxRow<float> result{};
     float label_logit = 0;
     if (reads) {
       for_classes([&]<int kN>(int64_t c) {
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kThreads, 4)
         sums.add(logits, logit_scale, p.has_coefficients);
       });
       sums.coefficients *= share;
-      sums.weighted *= share;
+      sums.cost *= share;
       if (target.label >= 0) {
         label_logit = to_real<float>(x[target.label * p.input_stride]) * logit_scale;
       }
-      result = row_result(p, target, sums, label_logit);
+      result = row_result(p, target, sums, label_logit, true);
     }
     loss += result.loss;
     store_result(p, row, result);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         for (int64_t c = 0; c < p.classes; ++c) dx[c * p.gradient_stride] = from_real<T>(0.0f);
         continue;
       }
-      RowGradient<float> g = row_gradient(p, row, target, sums, scale);
+      auto g = row_gradient(p, row, target, sums, result, scale);
       const float factor = g.exponential * logit_scale;
       const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
       for_classes([&]<int kN>(int64_t c) {
@@ -150,26 +150,26 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
       e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
       top = fmaxf(top, e[i]);
     }
-    RowSums<float, false> sums = RowSums<float, false>::none();
-    sums.reference = fminf(warp_max<kGroup>(top), kGreatest<float>);
+    auto sums = RowSums<float, Terms::kPlain>::none();
+    sums.reference = warp_max<kGroup>(top);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (i >= kFewest && i * kGroup >= end) break;
       e[i] -= sums.reference;
-      if (!kPlain && p.has_coefficients) sums.weighted += e[i];
+      if (!kPlain && p.has_coefficients) sums.cost -= e[i];
       e[i] = math::exp_shifted<kPrecision>(e[i]);
       sums.exponentials += e[i];
     }
     sums.exponentials = warp_sum<kGroup>(sums.exponentials);
     if (!kPlain && p.has_coefficients) {
-      sums.weighted = share * warp_sum<kGroup>(sums.weighted);
+      sums.cost = share * warp_sum<kGroup>(sums.cost);
       sums.coefficients = share * static_cast<float>(classes);
     }
     float label_logit = 0;
     if (reads && label >= 0) label_logit = to_real<float>(mine[label - lane]) * logit_scale;
+    SoftmaxRow<float> result{};
+    if (reads) result = row_result<kPlain>(p, target, sums, label_logit, lane == 0);
     if (lane == 0 && exists) {
-      RowResult<float> result{};
-      if (reads) result = row_result<kPlain>(p, target, sums, label_logit);
       loss += result.loss;
       if constexpr (!kPlain) store_result(p, row, result);
     }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     if constexpr (kGradient) {
       __syncthreads();  // all have read their row, and the label's logit
       if (reads && has_gradient<kPlain>(p, target)) {
-        RowGradient<float> g = row_gradient<kPlain>(p, row, target, sums, scale);
+        auto g = row_gradient<kPlain>(p, row, target, sums, result, scale);
         const float factor = g.exponential * logit_scale;
         const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
 #pragma unroll
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   // The gradients take the place of the logits.
   auto evaluate = [&](int64_t row, float& x0, float& x1) {
     RowTarget<float> target = load_target<float>(p, row);
-    RowResult<float> result{};
+    SoftmaxRow<float> result{};
     float g0 = 0, g1 = 0;
     if (target.is_kept || p.reads_all) {
       const float logit_scale = p.in_float.logit_scale, share = p.in_float.share;
