@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
-  constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies
+  constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies at most
+  constexpr int kSureVectors = kFewest / kCount > 0 ? kFewest / kCount : 1;  // of a full tile
   using Vector = Group<T, kCount>;
   __shared__ alignas(16) T tile[kThreads * kPerLane];
   const Scale factors = load_scale(p);
@@ -107,29 +108,35 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
   Vector* const slots = reinterpret_cast<Vector*>(tile) + threadIdx.x;
   float loss = 0;
 
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.rows.numel;
-       first += static_cast<int64_t>(gridDim.x) * kRows) {
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRows;
+  const T* x = static_cast<const T*>(p.input.data) + first * classes;
+  T* dx = static_cast<T*>(p.gradient.data) + first * classes;
+  for (; first < p.rows.numel; first += step, x += step * classes, dx += step * classes) {
     int64_t left = p.rows.numel - first;
     const int rows = left < kRows ? static_cast<int>(left) : kRows;
     const int count = rows * classes;
-    const int vectors = aligned ? count / kCount : 0;
+    const int vectors = aligned ? static_cast<unsigned>(count) / kCount : 0;
     const int copied = vectors - static_cast<int>(threadIdx.x);  // from this thread's first on
-    {
-      const T* x = static_cast<const T*>(p.input.data) + first * classes;
-      const Vector* from = reinterpret_cast<const Vector*>(x) + threadIdx.x;
-      Vector raw[kVectors];
+    // Calls f(i) for the vectors i kThreads from its first on that this thread copies.
+    auto for_vectors = [&](const auto& f) {
+      if (copied > (kSureVectors - 1) * kThreads) {
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i * kThreads < copied) raw[i] = from[i * kThreads];
-      }
+        for (int i = 0; i < kVectors; ++i) {
+          if (i < kSureVectors || i * kThreads < copied) f(i);
+        }
+      } else {
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i * kThreads < copied) slots[i * kThreads] = raw[i];
+        for (int i = 0; i < kSureVectors; ++i) {
+          if (i * kThreads < copied) f(i);
+        }
       }
-      if (vectors * kCount != count) {
+    };
+    const Vector* from = reinterpret_cast<const Vector*>(x) + threadIdx.x;
+    for_vectors([&](int i) { slots[i * kThreads] = from[i * kThreads]; });
+    if (vectors * kCount != count) {
 #pragma unroll 1
-        for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
-      }
+      for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
     }
     __syncthreads();
 
@@ -152,14 +159,21 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     }
     auto sums = RowSums<float, Terms::kPlain>::none();
     sums.reference = warp_max<kGroup>(top);
+    // From the logits in `e`, or again from those in the tile.
+    auto exponentiate = [&]<bool kFinite>() {
+      sums.exponentials = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (i >= kFewest && i * kGroup >= end) break;
-      e[i] -= sums.reference;
-      if (!kPlain && p.has_coefficients) sums.cost -= e[i];
-      e[i] = math::exp_shifted<kPrecision>(e[i]);
-      sums.exponentials += e[i];
-    }
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i >= kFewest && i * kGroup >= end) break;
+        if (!kFinite) e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
+        e[i] -= sums.reference;
+        if (kFinite && !kPlain && p.has_coefficients) sums.cost -= e[i];
+        e[i] = math::exp_shifted<kPrecision, kFinite>(e[i]);
+        sums.exponentials += e[i];
+      }
+    };
+    exponentiate.template operator()<true>();
+    if (sums.exponentials != sums.exponentials) exponentiate.template operator()<false>();
     sums.exponentials = warp_sum<kGroup>(sums.exponentials);
     if (!kPlain && p.has_coefficients) {
       sums.cost = share * warp_sum<kGroup>(sums.cost);
@@ -186,8 +200,13 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
           if (exists) mine[i * kGroup] = from_real<T>(fmaf(e[i], factor, shift));
         }
         if (exists && label >= 0 && label % kGroup == lane) {
-          float label_e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
-          mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+          T& at_label = mine[label - lane];
+          if constexpr (sizeof(T) == sizeof(float)) {
+            at_label -= g.label * logit_scale;
+          } else {  // which has been rounded
+            float label_e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
+            at_label = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+          }
         }
       } else if (exists) {
 #pragma unroll
@@ -197,12 +216,8 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
         }
       }
       __syncthreads();
-      T* dx = static_cast<T*>(p.gradient.data) + first * classes;
       Vector* to = reinterpret_cast<Vector*>(dx) + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i * kThreads < copied) to[i * kThreads] = slots[i * kThreads];
-      }
+      for_vectors([&](int i) { to[i * kThreads] = slots[i * kThreads]; });
       if (vectors * kCount != count) {
 #pragma unroll 1
         for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
@@ -368,14 +383,24 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
     spread_kernel<T, kGradient><<<plan.blocks, kThreads, 0, stream>>>(p);
   } else if (plan.kernel == SoftmaxCePlan::kPair) {
     pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
-  } else if (plan.group > 1) {
-    launch_few<T, kGradient, kPlain, 4, 32, 4>(p, plan, stream);
+  } else if (plan.group == 4) {
+    if (p.classes <= 64) {
+      launch_few<T, kGradient, kPlain, 4, 16, 6>(p, plan, stream);
+    } else {
+      launch_few<T, kGradient, kPlain, 4, 32, 16>(p, plan, stream);
+    }
+  } else if (plan.group == 2) {
+    launch_few<T, kGradient, kPlain, 2, 12, 8>(p, plan, stream);
   } else if (!kPlain) {
     launch_few<T, kGradient, kPlain, 1, 16, 2>(p, plan, stream);
+  } else if (p.classes <= 4) {
+    launch_few<T, kGradient, kPlain, 1, 4, 2>(p, plan, stream);
   } else if (p.classes <= 8) {
-    launch_few<T, kGradient, kPlain, 1, 8, 2>(p, plan, stream);
+    launch_few<T, kGradient, kPlain, 1, 8, 5>(p, plan, stream);
+  } else if (p.classes <= 10) {
+    launch_few<T, kGradient, kPlain, 1, 10, 9>(p, plan, stream);
   } else {
-    launch_few<T, kGradient, kPlain, 1, 16, 9>(p, plan, stream);
+    launch_few<T, kGradient, kPlain, 1, 16, 11>(p, plan, stream);
   }
 }
 

@@ -271,7 +271,7 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
       plan.group = 1;
     } else if (is_plain && packed && a.classes <= 128) {
       plan.kernel = SoftmaxCePlan::kFew;
-      plan.group = a.classes <= 16 ? 1 : 4;
+      plan.group = a.classes <= 16 ? 1 : a.classes <= 24 ? 2 : 4;
     } else if (vectors * 16 <= kWarpRowBytes &&
                bytes * kWarps <= device.shared_memory - kReservedBytes) {
       plan.kernel = SoftmaxCePlan::kWarp;

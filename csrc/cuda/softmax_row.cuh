@@ -180,9 +180,14 @@ __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p,
     target.is_kept = label != p.ignore_index;
     bool is_valid = static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes);
     target.label = is_valid && target.is_kept ? label : -1;
-    if (!target.is_kept) return target;
     target.weight = is_valid ? (kPlain ? Real(1) : constants<Real>(p).keep) : quiet_nan<Real>();
-    if (!is_valid) write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
+    if (!is_valid && target.is_kept) {
+      write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
+    }
+    if (!kPlain && !target.is_kept) {
+      target.weight = 0;
+      return target;
+    }
     if (!kPlain && p.weight.data != nullptr && is_valid) {
       target.weight *= load<Real>(p.weight, label * p.weight_stride);
     }
