@@ -224,22 +224,22 @@ __device__ __forceinline__ SoftmaxRow<Real> row_result(const SoftmaxCeParams& p,
   return row;
 }
 
-template <bool kPlain = false, class Real>
+template <bool kPlain = false, class Real, Terms kTerms>
 __device__ __forceinline__ SoftmaxGradient<Real> row_gradient(const SoftmaxCeParams& p, int64_t row,
                                                               const RowTarget<Real>& target,
-                                                              const SoftmaxSums<Real>& sums,
+                                                              const RowSums<Real, kTerms>& sums,
                                                               const SoftmaxRow<Real>& result,
                                                               Real scale) {
-  Real upstream = target.factor * scale, of_lse = 0, of_entropy = 0, z_loss = 0;
-  if constexpr (!kPlain) {
-    z_loss = constants<Real>(p).z_loss;
-    if (p.is_backward) {
-      upstream *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
-    }
+  Real upstream = target.factor * scale, of_lse = 0, of_entropy = 0;
+  if (!kPlain && p.is_backward) {
+    upstream *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
     if (!target.is_kept) upstream = 0;
     if (p.grad_lse.data != nullptr) of_lse = load<Real>(p.grad_lse, p.rows, row);
-    if (p.grad_entropy.data != nullptr) of_entropy = load<Real>(p.grad_entropy, p.rows, row);
+    if (kTerms != Terms::kPlain && p.grad_entropy.data != nullptr) {
+      of_entropy = load<Real>(p.grad_entropy, p.rows, row);
+    }
   }
+  const Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
   return SoftmaxGradient<Real>::evaluate(sums, result, target.weight, z_loss, upstream, of_lse,
                                          of_entropy);
 }
