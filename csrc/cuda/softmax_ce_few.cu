@@ -247,10 +247,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     float loss;      // of the label
     float other;     // the probability of the other class
   };
-  // `margin` is that of the other class over the label's.
-  auto pair_of = []<bool kFinite>(float margin, std::bool_constant<kFinite>) {
+  // `margin` is that of the other class over the label's, `below` the one of the two signs that is
+  // not above 0.
+  auto pair_of = []<bool kFinite>(float margin, float below, std::bool_constant<kFinite>) {
     Pair r;
-    r.e = math::exp_shifted<kPrecision, kFinite>(-fabsf(margin));
+    r.e = math::exp_shifted<kPrecision, kFinite>(below);
     r.upper = math::reciprocal(1 + r.e);
     r.log_sum = math::log1p_unit<Precision::kFull>(r.e);
     r.loss = fmaxf(margin, 0.0f) + r.log_sum;
@@ -269,7 +270,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       float margin = target.label == 1 ? l0 - l1 : l1 - l0;
       // An infinite logit makes the row NaN, as in torch, unless it is the smaller one.
       float top = fmaxf(l0, l1);
-      Pair r = pair_of(top > kGreatest<float> ? quiet_nan<float>() : margin, std::false_type());
+      if (top > kGreatest<float>) margin = quiet_nan<float>();
+      Pair r = pair_of(margin, -fabsf(margin), std::false_type());
       result.loss = target.weight * r.loss;
       float g = target.weight * r.other;
       if (p.has_coefficients) {
@@ -308,24 +310,27 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   // The plain loss of a vector in a straight line. False, having done nothing, where a label is out
   // of bounds or the logits too far apart for the exponential's correction.
-  constexpr float kWidest = 1e4f;
-  auto evaluate_plain = [&](const int64_t* labels, const float (&values)[2 * kRows],
+  using Labels = Group<int64_t, kRows>;
+  constexpr float kFarthest = -1e4f;
+  auto evaluate_plain = [&](const Labels& labels, const float (&values)[2 * kRows],
                             float (&gradients)[2 * kRows]) {
-    float sum = 0, widest = 0;
+    float sum = 0, farthest = 0;
     bool is_rare = false;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      int64_t label = labels[i];
+      int64_t label = labels.values[i];
       bool is_kept = label != p.ignore_index, is_second = label == 1;
-      float difference = values[2 * i + 1] - values[2 * i];
+      float difference = values[2 * i + 1] - values[2 * i], opposite = -difference;
+      float below = fminf(difference, opposite);
       is_rare |= static_cast<uint64_t>(label) > 1 && is_kept;
-      widest = i == 0 ? fabsf(difference) : fmaxf(widest, fabsf(difference));
-      Pair r = pair_of(is_second ? -difference : difference, std::true_type());
-      sum += is_kept ? r.loss : 0.0f;
+      farthest = i == 0 ? below : fminf(farthest, below);
+      Pair r = pair_of(is_second ? opposite : difference, below, std::true_type());
+      float one = is_kept ? r.loss : 0.0f;
+      sum = i == 0 ? one : sum + one;
       gradients[2 * i + 1] = is_kept ? r.other * (is_second ? -scale : scale) : 0.0f;
       gradients[2 * i] = -gradients[2 * i + 1];
     }
-    if (is_rare || widest > kWidest) return false;
+    if (is_rare || farthest < kFarthest) return false;
     loss += sum;
     return true;
   };
@@ -335,14 +340,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const Vector* from = static_cast<const Vector*>(p.input.data) + at;
   Vector* to = static_cast<Vector*>(p.gradient.data) + at;
-  const int64_t* labels = static_cast<const int64_t*>(p.target.data) + at * kRows;  // where plain
-  for (int64_t v = at; v < vectors; v += step, from += step, to += step, labels += step * kRows) {
+  const Labels* labels = static_cast<const Labels*>(p.target.data) + at;  // where plain
+  for (int64_t v = at; v < vectors; v += step, from += step, to += step, labels += step) {
     Vector raw = *from;
     float values[2 * kRows];
     unpack(raw, values);
     if constexpr (kPlain) {
       float gradients[2 * kRows];
-      if (evaluate_plain(labels, values, gradients)) {
+      if (evaluate_plain(*labels, values, gradients)) {
         if constexpr (kGradient) {
           pack(gradients, raw);
           *to = raw;
@@ -409,7 +414,8 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
   bool plain = !p.has_coefficients && !p.is_backward && !p.reads_all && !p.weight.data &&
                !p.sample_weight.data && !p.loss.data && p.in_float.z_loss == 0 &&
                p.in_float.logit_scale == 1 && p.in_float.keep == 1 &&
-               p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat;
+               p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat &&
+               (plan.kernel != SoftmaxCePlan::kPair || p.target.aligned);
   if (plain) {
     launch_few<T, kGradient, true>(p, plan, stream);
   } else {

@@ -26,17 +26,24 @@ __global__ void __launch_bounds__(kThreads)
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if constexpr (kPlain) {
-    constexpr int kBatch = 8;
+    using Labels = Group<int64_t, 2>;
+    constexpr int kBatch = 4;
     const int64_t* labels = static_cast<const int64_t*>(p.target.data);
+    const Labels* from = static_cast<const Labels*>(p.target.data);
     auto count = [&](int64_t label) { kept += label != p.ignore_index; };
-    int64_t at = static_cast<int64_t>(blockIdx.x) * kBatch * kThreads + threadIdx.x;
-    int64_t batches = p.rows.numel / (kBatch * kThreads);
+    from += static_cast<int64_t>(blockIdx.x) * kBatch * kThreads + threadIdx.x;
+    int64_t batches = p.rows.numel / (2 * kBatch * kThreads);
     for (int64_t batch = blockIdx.x; batch < batches; batch += gridDim.x) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) count(labels[at + i * kThreads]);
-      at += kBatch * step;
+      for (int i = 0; i < kBatch; ++i) {
+        Labels two = from[i * kThreads];
+        count(two.values[0]);
+        count(two.values[1]);
+      }
+      from += kBatch * step;
     }
-    for (row += batches * kBatch * kThreads; row < p.rows.numel; row += step) count(labels[row]);
+    row += batches * 2 * kBatch * kThreads;
+    for (; row < p.rows.numel; row += step) count(labels[row]);
   } else {
     for (; row < p.rows.numel; row += step) {
       int64_t label = load_label(p.target.data, p.target.dtype, row_offset(p.target, p.rows, row));
@@ -379,7 +386,7 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
 
   if (plan.workspace_bytes > 0) {
     if (p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat &&
-        p.weight.data == nullptr) {
+        p.target.aligned && p.weight.data == nullptr) {
       prepare_kernel<true><<<plan.weight_blocks, kThreads, 0, stream>>>(p);
     } else {
       prepare_kernel<false><<<plan.weight_blocks, kThreads, 0, stream>>>(p);
