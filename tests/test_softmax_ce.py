@@ -1044,7 +1044,9 @@ def test_options_of_long_rows(
         {"label_smoothing": 0.2, "weight": weight},
         {"label_smoothing": 0.2, "softcap": 30.0},
     ):
-        plain = check(x, t, device, beside_torch=False, floor=3, **options)
+        # tanh is a rounding of its own, and so are the sums of half a million terms
+        floor = 3 if shape[1] < 100_000 else 6
+        plain = check(x, t, device, beside_torch=False, floor=floor, **options)
         leaf = x.to(device).requires_grad_()
         arguments = {k: on(v, device) if v is weight else v for k, v in options.items()}
         loss, found = cross_entropy(leaf, t.to(device), stats=ALL_STATS, **arguments)

@@ -185,23 +185,34 @@ struct Options {
                                       SumsAndPeaks<kTerms>& sums) const {
     sums.admit(value_of(top));
     auto add_all = [&]<bool kCap>() {
+      // Added up among themselves first, since a row may be long.
       float e[kN], slopes[kN];
+      float exponentials = 0;
       shift<kCap>(logits, slopes, sums.reference);
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         e[i] = sums.exponential(logits[i]);
-        sums.exponentials += e[i];
+        exponentials = i == 0 ? e[0] : exponentials + e[i];
       }
+      sums.exponentials += exponentials;
       if (p.has_coefficients) {
+        float coefficients = kN, cost = 0;
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
-          sums.coefficients += kWeighted ? b[i] : 1;
-          sums.cost -= kWeighted ? b[i] * logits[i] : logits[i];
+          float coefficient = kWeighted ? b[i] : 1;
+          if (kWeighted) coefficients = i == 0 ? coefficient : coefficients + coefficient;
+          cost = i == 0 ? -coefficient * logits[0] : cost - coefficient * logits[i];
         }
+        sums.coefficients += coefficients;
+        sums.cost += cost;
       }
       if (p.entropy.data != nullptr || p.grad_entropy.data != nullptr) {
+        float entropy = 0;
 #pragma unroll
-        for (int i = 0; i < kN; ++i) sums.entropy -= e[i] * finite(logits[i]);
+        for (int i = 0; i < kN; ++i) {
+          entropy = i == 0 ? -e[0] * finite(logits[0]) : entropy - e[i] * finite(logits[i]);
+        }
+        sums.entropy += entropy;
       }
     };
     if (p.in_float.softcap == 0) {
