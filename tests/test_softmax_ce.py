@@ -1047,7 +1047,7 @@ def test_options_of_long_rows(
         # tanh is a rounding of its own, and so are the sums of half a million terms
         floor = 3 if shape[1] < 100_000 else 6
         plain = check(x, t, device, beside_torch=False, floor=floor, **options)
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         arguments = {k: on(v, device) if v is weight else v for k, v in options.items()}
         loss, found = cross_entropy(leaf, t.to(device), stats=ALL_STATS, **arguments)
         torch.testing.assert_close(loss.detach().cpu(), plain.loss)
