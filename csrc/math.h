@@ -76,7 +76,9 @@ FUSED_CE_HOST_DEVICE V polynomial(V x, const float (&coefficients)[kTerms]) {
 }
 
 FUSED_CE_HOST_DEVICE double absolute(double x) { return fabs(x); }
+// 1 / x, of which `inverse` is the more exact one on the CPU.
 FUSED_CE_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
+FUSED_CE_HOST_DEVICE double inverse(double x) { return 1.0 / x; }
 FUSED_CE_HOST_DEVICE double log(double x) { return ::log(x); }
 template <Precision>
 FUSED_CE_HOST_DEVICE double log(double x) {
@@ -93,8 +95,22 @@ FUSED_CE_HOST_DEVICE double log1p_unit(double e) {
 
 #if defined(__CUDACC__)
 
-__device__ __forceinline__ float tanh(float x) { return tanhf(x); }
-__device__ __forceinline__ double tanh(double x) { return ::tanh(x); }
+// kHalf: of the numbers near 0, too, the absolute error is 2e-7.
+template <Precision kPrecision>
+__device__ __forceinline__ float tanh(float x) {
+  if constexpr (kPrecision == Precision::kHalf) {
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 2.88539008177792681f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+    return fmaf(-2.0f, r, 1.0f);
+  } else {
+    return tanhf(x);
+  }
+}
+template <Precision>
+__device__ __forceinline__ double tanh(double x) {
+  return ::tanh(x);
+}
 
 // exp(d) for a logit that lies d above a reference near the row's largest one; d = -inf gives 0
 // unless it is known to be finite.
@@ -123,6 +139,7 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+__device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
 __device__ __forceinline__ float log(float x) { return logf(x); }
 // One Newton step on the quotient by the approximate reciprocal: the division without its branch
 // for numbers that are subnormal or infinite.
@@ -225,6 +242,10 @@ FUSED_CE_HOST_DEVICE V reciprocal(V x) {
 template <class V>
 FUSED_CE_HOST_DEVICE V quotient(V a, V b) {
   return a / b;
+}
+template <class V>
+FUSED_CE_HOST_DEVICE V inverse(V x) {
+  return 1.0f / x;
 }
 FUSED_CE_HOST_DEVICE float tanh(float x) { return tanhf(x); }
 FUSED_CE_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
@@ -455,6 +476,12 @@ struct SoftmaxSums {
   V entropy;       // sum of e_c (reference - l_c)
 };
 
+// A term whose factor is 0 is not there, even if what it multiplies is infinite or NaN.
+template <class V>
+FUSED_CE_HOST_DEVICE V add_term(V sum, V factor, V term) {
+  return factor == 0.0f ? sum : sum + term;
+}
+
 // What follows from the sums, with lse = reference + log(sum of e_c), the label's logit l_y and
 // weight w_y (0 where there is none):
 //   loss = w_y (lse - l_y) + sum of b_c (lse - l_c) + z_loss lse^2
@@ -465,19 +492,29 @@ template <class V>
 struct SoftmaxRow {
   V log_sum, inverse, lse, entropy, loss;
 
-  FUSED_CE_HOST_DEVICE static SoftmaxRow evaluate(const SoftmaxSums<V>& sums, bool has_label,
-                                                  V label_weight, V label_logit, V z_loss) {
-    SoftmaxRow row;
-    row.log_sum = math::log(sums.exponentials);
-    row.inverse = 1.0f / sums.exponentials;
+  // All but the loss. Without the logarithm, which only the gradients of z_loss and of the entropy
+  // need, these are but `inverse`.
+  FUSED_CE_HOST_DEVICE static SoftmaxRow of(const SoftmaxSums<V>& sums, bool with_logarithm) {
+    SoftmaxRow row{};
+    if (with_logarithm) row.log_sum = math::log(sums.exponentials);
+    row.inverse = math::inverse(sums.exponentials);
     row.lse = sums.reference == V{} + INFINITY ? sums.reference : sums.reference + row.log_sum;
     row.entropy = math::multiply_add(sums.entropy, row.inverse, row.log_sum);
-    row.loss = sums.cost;
-    if (has_label) row.loss += label_weight * ((sums.reference - label_logit) + row.log_sum);
-    V shared = sums.coefficients * row.log_sum;
-    row.loss += sums.coefficients == 0.0f ? V{} : shared;
-    V of_lse = z_loss * row.lse * row.lse;
-    row.loss += z_loss == 0.0f ? V{} : of_lse;
+    return row;
+  }
+
+  FUSED_CE_HOST_DEVICE void set_loss(const SoftmaxSums<V>& sums, bool has_label, V label_weight,
+                                     V label_logit, V z_loss) {
+    loss = sums.cost;
+    if (has_label) loss += label_weight * ((sums.reference - label_logit) + log_sum);
+    loss = add_term<V>(loss, sums.coefficients, sums.coefficients * log_sum);
+    loss = add_term<V>(loss, z_loss, z_loss * lse * lse);
+  }
+
+  FUSED_CE_HOST_DEVICE static SoftmaxRow evaluate(const SoftmaxSums<V>& sums, bool has_label,
+                                                  V label_weight, V label_logit, V z_loss) {
+    SoftmaxRow row = of(sums, true);
+    row.set_loss(sums, has_label, label_weight, label_logit, z_loss);
     return row;
   }
 };
@@ -492,10 +529,12 @@ struct SoftmaxGradient {
                                                        const SoftmaxRow<V>& row, V label_weight,
                                                        V z_loss, V grad_loss, V grad_lse,
                                                        V grad_entropy) {
-    V total = label_weight + sums.coefficients + 2.0f * z_loss * row.lse;
-    V of_entropy = grad_entropy * (row.log_sum - row.entropy);
-    return {(grad_loss * total + grad_lse + of_entropy) * row.inverse, grad_entropy * row.inverse,
-            grad_loss, grad_loss * label_weight};
+    V total = add_term<V>(label_weight, sums.coefficients, sums.coefficients);
+    total = add_term<V>(total, z_loss, 2.0f * z_loss * row.lse);
+    V upstream = add_term<V>(grad_loss * total, grad_lse, grad_lse);
+    upstream = add_term<V>(upstream, grad_entropy, grad_entropy * (row.log_sum - row.entropy));
+    return {upstream * row.inverse, grad_entropy * row.inverse, grad_loss,
+            grad_loss * label_weight};
   }
 };
 

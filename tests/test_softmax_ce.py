@@ -583,23 +583,57 @@ def test_all_logits_at_minus_200(dtype: torch.dtype, device: str) -> None:
         assert ulps(result.loss, right) <= FLOOR[dtype]
 
 
+def far_memory(elements: int, device: str) -> Tensor:
+    """That many bfloat16 values, none of them written."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * elements:
+        pytest.skip(f"needs {elements >> 29} GiB of device memory")
+    return torch.empty(elements, dtype=BF16, device=device)
+
+
+# 5 classes are a thread's or a warp's, 5000 a block's.
+@pytest.mark.parametrize("classes", [5, 5000])
 @pytest.mark.parametrize("distance", [2**31 + 8, 2**32 + 24], ids=["2^31", "2^32"])
-def test_offsets_beyond_32_bits(distance: int, device: str) -> None:
-    """Two rows, or two classes, that far apart: memory that nobody touches is not allocated."""
-    if device == "cuda":
-        distance //= 2**20  # where untouched memory costs as much as any other
-    storage = torch.empty(distance + 64, dtype=BF16, device=device)
-    values = make_logits((2, 5), BF16)
-    t = torch.tensor([1, 3])
-    for shape_strides in ((distance, 1), (7, distance // 4)):
-        x = storage.as_strided((2, 5), shape_strides)
-        x.copy_(values)
-        leaf = x.requires_grad_()
-        loss = cross_entropy(leaf, t.to(device))
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        right = run(cross_entropy, values, t, device=device)
-        torch.testing.assert_close(loss.detach().cpu(), right.loss)
-        torch.testing.assert_close(gradient.cpu(), right.gradient)
+def test_offsets_beyond_32_bits(distance: int, classes: int, device: str) -> None:
+    """Two rows, or two classes, that far apart: memory that nobody touches costs nothing."""
+    storage = far_memory(distance + 2 * classes, device)
+    values, t = make_logits((2, classes), BF16), torch.tensor([1, 3])
+    for strides in [(distance, 1), (7, distance // 4)][: 2 if classes == 5 else 1]:
+        x = storage.as_strided((2, classes), strides)
+        # Each run of memory by itself: a copy of all may be a copy of what lies between, too.
+        runs = list(x) if strides[1] == 1 else [x[i, c] for i in range(2) for c in range(classes)]
+        for softcap in (0.0, 30.0):
+            options = {"softcap": softcap} if softcap else {}
+            right = run(cross_entropy, values, t, device=device, **options)
+            for place, value in zip(runs, values.view(len(runs), -1), strict=True):
+                place.copy_(value.view(place.shape))
+            leaf = x.detach().requires_grad_()
+            loss = cross_entropy(leaf, t.to(device), **options)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            torch.testing.assert_close(loss.detach().cpu(), right.loss)
+            torch.testing.assert_close(gradient.cpu(), right.gradient)
+            # The gradient as far apart, in the place of the logits.
+            numbers = (1, F32, IGNORED, 0.0, softcap, 1.0, 0.0, None, False, 0)
+            op = torch.ops.fused_ce._softmax_ce_with_gradient
+            op(x, t.to(device), None, None, None, *numbers, gradient=x)
+            found = torch.cat([place.cpu().view(-1) for place in runs]).view(2, classes)
+            torch.testing.assert_close(found, right.gradient)
+
+
+def test_more_than_32_bits_count_of_which_few_are_read(device: str) -> None:
+    """Of rows between the first and the last, which are ignored, no memory is touched."""
+    if not is_native(device):
+        pytest.skip("plain PyTorch copies the logits")
+    rows, classes = 2**11 + 1, 2**20
+    x = far_memory(rows * classes, device).view(rows, classes)
+    values, labels = make_logits((2, classes), BF16), torch.tensor([1, classes - 1])
+    t = torch.full((rows,), IGNORED)
+    for row, value, label in zip((0, -1), values, labels, strict=True):
+        x[row].copy_(value)
+        t[row] = label
+    for options in ({}, {"softcap": 30.0}):
+        loss = cross_entropy(x, t.to(device), **options)
+        right = run(cross_entropy, values, labels, device=device, **options).loss
+        torch.testing.assert_close(loss.cpu(), right)
 
 
 # On the CPU, whose kernels are done with two billion logits in seconds.
@@ -919,12 +953,15 @@ def test_stats_of_ignored_rows(device: str) -> None:
     assert stats.correct.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("classes", [2, 7, 40, 1500])
+# From 5003 on a row is a block's, from 40009 on several blocks'; neither is whole vectors.
+@pytest.mark.parametrize("classes", [2, 7, 40, 1500, 5003, 40_009])
 def test_prediction_is_the_first_of_the_largest(classes: int, device: str) -> None:
-    x = torch.randint(-1, 2, (50, classes)).float()
+    x = torch.randint(-1, 2, (50 if classes < 5000 else 9, classes)).float()
     x[3, classes // 2] = x[4, 1] = math.nan  # which counts as the largest
     x[5] = -math.inf
     x[6, -1] = math.inf
+    x[7] = -math.inf
+    x[7, -1] = x[8, -1] = 2.0  # behind the last vector
     t = make_labels(x.shape)
     _, stats = cross_entropy(x.to(device), t.to(device), stats=("prediction", "correct"))
     right = x.argmax(1)
@@ -1012,6 +1049,52 @@ def test_gradients_of_stats(
                 torch.testing.assert_close(
                     leaf.grad.cpu().double(), other.grad, rtol=tolerance, atol=tolerance
                 )
+
+
+# Rows of a warp, a block, several blocks, and one that these cannot keep in float32; none of whole
+# vectors, so that they begin at any address.
+@pytest.mark.parametrize("shape", [(5, 203), (3, 5003), (3, 40_009), (2, 480_003)], ids=str)
+@pytest.mark.parametrize("mode", ["labels", "probabilities"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+def test_options_of_long_rows(
+    dtype: torch.dtype, mode: str, shape: tuple[int, int], device: str
+) -> None:
+    x, weight = make_logits(shape, dtype), torch.rand(shape[1]).to(dtype)
+    t = ignoring(make_labels(shape)) if mode == "labels" else make_probabilities(shape, dtype)
+    for options in (
+        {"softcap": 20.0, "logit_scale": 0.5, "z_loss": 1e-2},
+        {"label_smoothing": 0.2, "weight": weight},
+        {"label_smoothing": 0.2, "softcap": 30.0},
+    ):
+        # tanh is a rounding of its own, and so are the sums of half a million terms
+        floor = 3 if shape[1] < 100_000 else 6
+        plain = check(x, t, device, beside_torch=False, floor=floor, **options)
+        leaf = x.to(device, copy=True).requires_grad_()
+        arguments = {k: on(v, device) if v is weight else v for k, v in options.items()}
+        loss, found = cross_entropy(leaf, t.to(device), stats=ALL_STATS, **arguments)
+        torch.testing.assert_close(loss.detach().cpu(), plain.loss)
+        entangled(loss.double(), found.lse, found.entropy, ("loss", "lse", "entropy")).backward()
+
+        cap = {k: v for k, v in options.items() if k in ("softcap", "logit_scale")}
+        for name, stat, value in zip(ALL_STATS, found, exact_stats(x, t, **cap), strict=True):
+            if name == "correct" and mode == "labels":
+                value = value & (t != IGNORED)
+            tolerance = 1e-5 if value.is_floating_point() else 0.0
+            stat = stat.detach().cpu().to(value.dtype)
+            torch.testing.assert_close(stat, value, rtol=tolerance, atol=tolerance)
+
+        other = x.double().requires_grad_()
+        options = {k: double(v) for k, v in options.items()}
+        loss = exact_cross_entropy(other, double(t), **options)
+        logits = capped(other, **cap)
+        lse, p = torch.logsumexp(logits, 1), torch.softmax(logits, 1)
+        entropy = -(p * torch.log_softmax(logits, 1)).sum(1)
+        entangled(loss, lse, entropy, ("loss", "lse", "entropy")).backward()
+        most = other.grad.abs().max().item()
+        tolerance = 5e-3 if dtype == BF16 else 1e-5
+        torch.testing.assert_close(
+            leaf.grad.cpu().double(), other.grad, rtol=tolerance, atol=tolerance * most
+        )
 
 
 def test_stats_backward_one_after_another(device: str) -> None:

@@ -434,7 +434,7 @@ struct ClassWise {
     if (a.is_backward && a.lse && a.half_precision && !options.has_coefficients &&
         (!options.has_entropy || a.entropy)) {
       sums.reference = rows.lse[i];
-      sums.exponentials = 1;
+      sums.exponentials = isfinite(rows.lse[i]) ? 1 : NAN;
       kept = nullptr;
     } else {
       for_each_block([&](int64_t c, int count) {

@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     RowTarget<float> target = load_target<float>(p, row);
     bool reads = target.is_kept || p.reads_all;
     const T* x = static_cast<const T*>(p.input.data) + row_offset(p.input, p.rows, row);
-    RowSums<float, false> sums = RowSums<float, false>::none();
-    RowResult<float> result{};
+    auto sums = RowSums<float, Terms::kPlain>::none();
+    SoftmaxRow<float> result{};
     float label_logit = 0;
     if (reads) {
       for_classes([&]<int kN>(int64_t c) {
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kThreads, 4)
         sums.add(logits, logit_scale, p.has_coefficients);
       });
       sums.coefficients *= share;
-      sums.weighted *= share;
+      sums.cost *= share;
       if (target.label >= 0) {
         label_logit = to_real<float>(x[target.label * p.input_stride]) * logit_scale;
       }
-      result = row_result(p, target, sums, label_logit);
+      result = row_result(p, target, sums, label_logit, true);
     }
     loss += result.loss;
     store_result(p, row, result);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         for (int64_t c = 0; c < p.classes; ++c) dx[c * p.gradient_stride] = from_real<T>(0.0f);
         continue;
       }
-      RowGradient<float> g = row_gradient(p, row, target, sums, scale);
+      auto g = row_gradient(p, row, target, sums, result, scale);
       const float factor = g.exponential * logit_scale;
       const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
       for_classes([&]<int kN>(int64_t c) {
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
-  constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies
+  constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies at most
+  constexpr int kSureVectors = kFewest / kCount > 0 ? kFewest / kCount : 1;  // of a full tile
   using Vector = Group<T, kCount>;
   __shared__ alignas(16) T tile[kThreads * kPerLane];
   const Scale factors = load_scale(p);
@@ -107,29 +108,35 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
   Vector* const slots = reinterpret_cast<Vector*>(tile) + threadIdx.x;
   float loss = 0;
 
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.rows.numel;
-       first += static_cast<int64_t>(gridDim.x) * kRows) {
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRows;
+  const T* x = static_cast<const T*>(p.input.data) + first * classes;
+  T* dx = static_cast<T*>(p.gradient.data) + first * classes;
+  for (; first < p.rows.numel; first += step, x += step * classes, dx += step * classes) {
     int64_t left = p.rows.numel - first;
     const int rows = left < kRows ? static_cast<int>(left) : kRows;
     const int count = rows * classes;
-    const int vectors = aligned ? count / kCount : 0;
+    const int vectors = aligned ? static_cast<unsigned>(count) / kCount : 0;
     const int copied = vectors - static_cast<int>(threadIdx.x);  // from this thread's first on
-    {
-      const T* x = static_cast<const T*>(p.input.data) + first * classes;
-      const Vector* from = reinterpret_cast<const Vector*>(x) + threadIdx.x;
-      Vector raw[kVectors];
+    // Calls f(i) for the vectors i kThreads from its first on that this thread copies.
+    auto for_vectors = [&](const auto& f) {
+      if (copied > (kSureVectors - 1) * kThreads) {
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i * kThreads < copied) raw[i] = from[i * kThreads];
-      }
+        for (int i = 0; i < kVectors; ++i) {
+          if (i < kSureVectors || i * kThreads < copied) f(i);
+        }
+      } else {
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i * kThreads < copied) slots[i * kThreads] = raw[i];
+        for (int i = 0; i < kSureVectors; ++i) {
+          if (i * kThreads < copied) f(i);
+        }
       }
-      if (vectors * kCount != count) {
+    };
+    const Vector* from = reinterpret_cast<const Vector*>(x) + threadIdx.x;
+    for_vectors([&](int i) { slots[i * kThreads] = from[i * kThreads]; });
+    if (vectors * kCount != count) {
 #pragma unroll 1
-        for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
-      }
+      for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
     }
     __syncthreads();
 
@@ -150,26 +157,33 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
       e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
       top = fmaxf(top, e[i]);
     }
-    RowSums<float, false> sums = RowSums<float, false>::none();
-    sums.reference = fminf(warp_max<kGroup>(top), kGreatest<float>);
+    auto sums = RowSums<float, Terms::kPlain>::none();
+    sums.reference = warp_max<kGroup>(top);
+    // From the logits in `e`, or again from those in the tile.
+    auto exponentiate = [&]<bool kFinite>() {
+      sums.exponentials = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (i >= kFewest && i * kGroup >= end) break;
-      e[i] -= sums.reference;
-      if (!kPlain && p.has_coefficients) sums.weighted += e[i];
-      e[i] = math::exp_shifted<kPrecision>(e[i]);
-      sums.exponentials += e[i];
-    }
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i >= kFewest && i * kGroup >= end) break;
+        if (!kFinite) e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
+        e[i] -= sums.reference;
+        if (kFinite && !kPlain && p.has_coefficients) sums.cost -= e[i];
+        e[i] = math::exp_shifted<kPrecision, kFinite>(e[i]);
+        sums.exponentials += e[i];
+      }
+    };
+    exponentiate.template operator()<true>();
+    if (sums.exponentials != sums.exponentials) exponentiate.template operator()<false>();
     sums.exponentials = warp_sum<kGroup>(sums.exponentials);
     if (!kPlain && p.has_coefficients) {
-      sums.weighted = share * warp_sum<kGroup>(sums.weighted);
+      sums.cost = share * warp_sum<kGroup>(sums.cost);
       sums.coefficients = share * static_cast<float>(classes);
     }
     float label_logit = 0;
     if (reads && label >= 0) label_logit = to_real<float>(mine[label - lane]) * logit_scale;
+    SoftmaxRow<float> result{};
+    if (reads) result = row_result<kPlain>(p, target, sums, label_logit, lane == 0);
     if (lane == 0 && exists) {
-      RowResult<float> result{};
-      if (reads) result = row_result<kPlain>(p, target, sums, label_logit);
       loss += result.loss;
       if constexpr (!kPlain) store_result(p, row, result);
     }
@@ -177,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     if constexpr (kGradient) {
       __syncthreads();  // all have read their row, and the label's logit
       if (reads && has_gradient<kPlain>(p, target)) {
-        RowGradient<float> g = row_gradient<kPlain>(p, row, target, sums, scale);
+        auto g = row_gradient<kPlain>(p, row, target, sums, result, scale);
         const float factor = g.exponential * logit_scale;
         const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
 #pragma unroll
@@ -186,8 +200,13 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
           if (exists) mine[i * kGroup] = from_real<T>(fmaf(e[i], factor, shift));
         }
         if (exists && label >= 0 && label % kGroup == lane) {
-          float label_e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
-          mine[label - lane] = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+          T& at_label = mine[label - lane];
+          if constexpr (sizeof(T) == sizeof(float)) {
+            at_label -= g.label * logit_scale;
+          } else {  // which has been rounded
+            float label_e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
+            at_label = from_real<T>(fmaf(label_e, factor, shift) - g.label * logit_scale);
+          }
         }
       } else if (exists) {
 #pragma unroll
@@ -197,12 +216,8 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
         }
       }
       __syncthreads();
-      T* dx = static_cast<T*>(p.gradient.data) + first * classes;
       Vector* to = reinterpret_cast<Vector*>(dx) + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i * kThreads < copied) to[i * kThreads] = slots[i * kThreads];
-      }
+      for_vectors([&](int i) { to[i * kThreads] = slots[i * kThreads]; });
       if (vectors * kCount != count) {
 #pragma unroll 1
         for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
@@ -232,10 +247,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     float loss;      // of the label
     float other;     // the probability of the other class
   };
-  // `margin` is that of the other class over the label's.
-  auto pair_of = []<bool kFinite>(float margin, std::bool_constant<kFinite>) {
+  // `margin` is that of the other class over the label's, `below` the one of the two signs that is
+  // not above 0.
+  auto pair_of = []<bool kFinite>(float margin, float below, std::bool_constant<kFinite>) {
     Pair r;
-    r.e = math::exp_shifted<kPrecision, kFinite>(-fabsf(margin));
+    r.e = math::exp_shifted<kPrecision, kFinite>(below);
     r.upper = math::reciprocal(1 + r.e);
     r.log_sum = math::log1p_unit<Precision::kFull>(r.e);
     r.loss = fmaxf(margin, 0.0f) + r.log_sum;
@@ -245,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   // The gradients take the place of the logits.
   auto evaluate = [&](int64_t row, float& x0, float& x1) {
     RowTarget<float> target = load_target<float>(p, row);
-    RowResult<float> result{};
+    SoftmaxRow<float> result{};
     float g0 = 0, g1 = 0;
     if (target.is_kept || p.reads_all) {
       const float logit_scale = p.in_float.logit_scale, share = p.in_float.share;
@@ -254,7 +270,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       float margin = target.label == 1 ? l0 - l1 : l1 - l0;
       // An infinite logit makes the row NaN, as in torch, unless it is the smaller one.
       float top = fmaxf(l0, l1);
-      Pair r = pair_of(top > kGreatest<float> ? quiet_nan<float>() : margin, std::false_type());
+      if (top > kGreatest<float>) margin = quiet_nan<float>();
+      Pair r = pair_of(margin, -fabsf(margin), std::false_type());
       result.loss = target.weight * r.loss;
       float g = target.weight * r.other;
       if (p.has_coefficients) {
@@ -293,24 +310,27 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   // The plain loss of a vector in a straight line. False, having done nothing, where a label is out
   // of bounds or the logits too far apart for the exponential's correction.
-  constexpr float kWidest = 1e4f;
-  auto evaluate_plain = [&](const int64_t* labels, const float (&values)[2 * kRows],
+  using Labels = Group<int64_t, kRows>;
+  constexpr float kFarthest = -1e4f;
+  auto evaluate_plain = [&](const Labels& labels, const float (&values)[2 * kRows],
                             float (&gradients)[2 * kRows]) {
-    float sum = 0, widest = 0;
+    float sum = 0, farthest = 0;
     bool is_rare = false;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      int64_t label = labels[i];
+      int64_t label = labels.values[i];
       bool is_kept = label != p.ignore_index, is_second = label == 1;
-      float difference = values[2 * i + 1] - values[2 * i];
+      float difference = values[2 * i + 1] - values[2 * i], opposite = -difference;
+      float below = fminf(difference, opposite);
       is_rare |= static_cast<uint64_t>(label) > 1 && is_kept;
-      widest = i == 0 ? fabsf(difference) : fmaxf(widest, fabsf(difference));
-      Pair r = pair_of(is_second ? -difference : difference, std::true_type());
-      sum += is_kept ? r.loss : 0.0f;
+      farthest = i == 0 ? below : fminf(farthest, below);
+      Pair r = pair_of(is_second ? opposite : difference, below, std::true_type());
+      float one = is_kept ? r.loss : 0.0f;
+      sum = i == 0 ? one : sum + one;
       gradients[2 * i + 1] = is_kept ? r.other * (is_second ? -scale : scale) : 0.0f;
       gradients[2 * i] = -gradients[2 * i + 1];
     }
-    if (is_rare || widest > kWidest) return false;
+    if (is_rare || farthest < kFarthest) return false;
     loss += sum;
     return true;
   };
@@ -320,14 +340,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const Vector* from = static_cast<const Vector*>(p.input.data) + at;
   Vector* to = static_cast<Vector*>(p.gradient.data) + at;
-  const int64_t* labels = static_cast<const int64_t*>(p.target.data) + at * kRows;  // where plain
-  for (int64_t v = at; v < vectors; v += step, from += step, to += step, labels += step * kRows) {
+  const Labels* labels = static_cast<const Labels*>(p.target.data) + at;  // where plain
+  for (int64_t v = at; v < vectors; v += step, from += step, to += step, labels += step) {
     Vector raw = *from;
     float values[2 * kRows];
     unpack(raw, values);
     if constexpr (kPlain) {
       float gradients[2 * kRows];
-      if (evaluate_plain(labels, values, gradients)) {
+      if (evaluate_plain(*labels, values, gradients)) {
         if constexpr (kGradient) {
           pack(gradients, raw);
           *to = raw;
@@ -368,14 +388,24 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
     spread_kernel<T, kGradient><<<plan.blocks, kThreads, 0, stream>>>(p);
   } else if (plan.kernel == SoftmaxCePlan::kPair) {
     pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
-  } else if (plan.group > 1) {
-    launch_few<T, kGradient, kPlain, 4, 32, 4>(p, plan, stream);
+  } else if (plan.group == 4) {
+    if (p.classes <= 64) {
+      launch_few<T, kGradient, kPlain, 4, 16, 6>(p, plan, stream);
+    } else {
+      launch_few<T, kGradient, kPlain, 4, 32, 16>(p, plan, stream);
+    }
+  } else if (plan.group == 2) {
+    launch_few<T, kGradient, kPlain, 2, 12, 8>(p, plan, stream);
   } else if (!kPlain) {
     launch_few<T, kGradient, kPlain, 1, 16, 2>(p, plan, stream);
+  } else if (p.classes <= 4) {
+    launch_few<T, kGradient, kPlain, 1, 4, 2>(p, plan, stream);
   } else if (p.classes <= 8) {
-    launch_few<T, kGradient, kPlain, 1, 8, 2>(p, plan, stream);
+    launch_few<T, kGradient, kPlain, 1, 8, 5>(p, plan, stream);
+  } else if (p.classes <= 10) {
+    launch_few<T, kGradient, kPlain, 1, 10, 9>(p, plan, stream);
   } else {
-    launch_few<T, kGradient, kPlain, 1, 16, 9>(p, plan, stream);
+    launch_few<T, kGradient, kPlain, 1, 16, 11>(p, plan, stream);
   }
 }
 
@@ -384,7 +414,8 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
   bool plain = !p.has_coefficients && !p.is_backward && !p.reads_all && !p.weight.data &&
                !p.sample_weight.data && !p.loss.data && p.in_float.z_loss == 0 &&
                p.in_float.logit_scale == 1 && p.in_float.keep == 1 &&
-               p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat;
+               p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat &&
+               (plan.kernel != SoftmaxCePlan::kPair || p.target.aligned);
   if (plain) {
     launch_few<T, kGradient, true>(p, plan, stream);
   } else {

@@ -26,17 +26,24 @@ __global__ void __launch_bounds__(kThreads)
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if constexpr (kPlain) {
-    constexpr int kBatch = 8;
+    using Labels = Group<int64_t, 2>;
+    constexpr int kBatch = 4;
     const int64_t* labels = static_cast<const int64_t*>(p.target.data);
+    const Labels* from = static_cast<const Labels*>(p.target.data);
     auto count = [&](int64_t label) { kept += label != p.ignore_index; };
-    int64_t at = static_cast<int64_t>(blockIdx.x) * kBatch * kThreads + threadIdx.x;
-    int64_t batches = p.rows.numel / (kBatch * kThreads);
+    from += static_cast<int64_t>(blockIdx.x) * kBatch * kThreads + threadIdx.x;
+    int64_t batches = p.rows.numel / (2 * kBatch * kThreads);
     for (int64_t batch = blockIdx.x; batch < batches; batch += gridDim.x) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) count(labels[at + i * kThreads]);
-      at += kBatch * step;
+      for (int i = 0; i < kBatch; ++i) {
+        Labels two = from[i * kThreads];
+        count(two.values[0]);
+        count(two.values[1]);
+      }
+      from += kBatch * step;
     }
-    for (row += batches * kBatch * kThreads; row < p.rows.numel; row += step) count(labels[row]);
+    row += batches * 2 * kBatch * kThreads;
+    for (; row < p.rows.numel; row += step) count(labels[row]);
   } else {
     for (; row < p.rows.numel; row += step) {
       int64_t label = load_label(p.target.data, p.target.dtype, row_offset(p.target, p.rows, row));
@@ -69,9 +76,9 @@ struct GeneralRow {
     const auto& k = constants<Real>(p);
     Logit l{x * k.logit_scale, x * k.logit_scale, k.logit_scale};
     if (k.softcap != 0) {
-      Real t = math::tanh(l.raw * k.inverse_softcap);
-      l.value = k.softcap * t;
-      l.slope = k.logit_scale * (1 - t * t);
+      auto capped = cap<Precision::kFull>(k.softcap, l.raw * k.inverse_softcap);
+      l.value = capped.value;
+      l.slope *= capped.slope;
     }
     return l;
   }
@@ -89,7 +96,7 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads, 2)
     general_kernel(const __grid_constant__ SoftmaxCeParams p, int group) {
   using Row = GeneralRow<Real>;
-  using Sums = RowSums<Real, true>;
+  using Sums = RowSums<Real, Terms::kWeighted>;
   struct Shared {
     Sums sums;
     Largest<Real> top, top_target;
@@ -131,11 +138,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       Real shifted = l.value - sums.reference;
       Real e = Sums::exponential(shifted);
       sums.exponentials += e;
-      if (wants_entropy) sums.entropy += e == 0 ? e : e * shifted;
+      if (wants_entropy) sums.entropy -= e * finite(shifted);
       if (p.has_coefficients) {
         Real b = r.coefficient(c);
         sums.coefficients += b;
-        sums.weighted += b * shifted;
+        sums.cost -= b * shifted;
       }
       if (wants_top) top.offer(l.raw, c);
       if (wants_target) top_target.offer(r.probability(c), c);
@@ -161,24 +168,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 
     if (!exists) continue;
-    RowResult<Real> result{};
-    if (reads) result = row_result(p, target, sums, label_logit);
+    SoftmaxRow<Real> result{};
+    if (reads) result = row_result(p, target, sums, label_logit, lane == 0);
     if (lane == 0) {
       loss += result.loss;
       store_result(p, row, result);
-      if (p.prediction.data != nullptr) {
-        static_cast<int64_t*>(p.prediction.data)[row_offset(p.prediction, p.rows, row)] = top.index;
-      }
-      if (p.correct.data != nullptr) {
-        int64_t wanted = p.has_probabilities ? top_target.index : target.label;
-        static_cast<bool*>(p.correct.data)[row_offset(p.correct, p.rows, row)] =
-            target.is_kept && wanted == top.index;
-      }
+      store_prediction(p, row, top.index, wants_target ? top_target.index : target.label,
+                       target.is_kept);
     }
     if (p.gradient.data == nullptr) continue;
-    RowGradient<Real> g{};
+    SoftmaxGradient<Real> g{};
     reads = reads && has_gradient(p, target);
-    if (reads) g = row_gradient(p, row, target, sums, scale);
+    if (reads) g = row_gradient(p, row, target, sums, result, scale);
     TypedPointer to{p.gradient.data, p.gradient.dtype};
 #pragma unroll 1
     for (int64_t c = lane; c < p.classes; c += group) {
@@ -187,8 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         auto l = r.logit(c);
         Real shifted = l.value - sums.reference;
         Real e = math::exp_shifted<Precision::kFull>(shifted);
-        value = e * g.exponential;
-        if (g.entropy != 0 && e != 0) value += e * g.entropy * (shifted + g.shift);
+        value = e * (g.exponential - g.entropy * finite(shifted));
         if (target.is_kept && p.has_coefficients) value -= g.coefficient * r.coefficient(c);
         if (target.is_kept && c == target.label) value -= g.label;
         value *= l.slope;
@@ -212,6 +212,7 @@ int at_most(int64_t wanted, int limit) {
   return wanted < 1 ? 1 : wanted < limit ? static_cast<int>(wanted) : limit;
 }
 
+constexpr int kFewClasses = 32;
 constexpr int64_t kMostClasses = 1 << 30;  // that an int may count, and add a step to
 constexpr int kWarpRowBytes = 6 * 1024;   // of a row that lies in shared memory beside seven others
 constexpr int kReservedBytes = 2 * 1024;  // of a block's shared memory: static, and the driver's
@@ -229,13 +230,25 @@ bool is_aligned(const Operand& operand) {
   return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
 }
 
+Terms terms_of(const SoftmaxCeArguments& a) {
+  if (a.has_probabilities || (a.weight && a.label_smoothing > 0)) return Terms::kWeighted;
+  bool is_plain = !a.entropy && !a.grad_entropy && !a.prediction && !a.correct && a.softcap == 0;
+  return is_plain ? Terms::kPlain : Terms::kStatistics;
+}
+
 // Whether the logits are such as all but `general_kernel` take.
 bool is_simple(const SoftmaxCeArguments& a) {
   bool same_gradient = !a.gradient || a.gradient.dtype == a.input.dtype;
-  bool wants_more = a.entropy || a.grad_entropy || a.prediction || a.correct || a.softcap > 0;
-  bool weights_classes = a.weight && a.label_smoothing > 0;
-  return !a.in_double && !a.has_probabilities && a.classes > 1 && a.classes < kMostClasses &&
-         same_gradient && !wants_more && !weights_classes && a.logit_scale > 0;
+  return !a.in_double && same_gradient && a.classes > 1 && a.classes < kMostClasses &&
+         a.logit_scale > 0;
+}
+
+// Whether what is read for each class besides logits lies as these do.
+bool is_in_step(const SoftmaxCeArguments& a) {
+  auto is_like = [&](const ClassOperand& operand) {
+    return !operand || (operand.class_stride == 1 && operand.dtype == a.input.dtype);
+  };
+  return (!a.has_probabilities || is_like(a.target)) && is_like(a.weight);
 }
 
 bool is_dense(const SoftmaxCeArguments& a) {
@@ -248,19 +261,26 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
   SoftmaxCePlan plan{};
   int64_t rows = a.rows.numel;
   plan.cluster = 1;
-  if (is_simple(a) && is_dense(a)) {
+  plan.terms = terms_of(a);
+  const bool is_plain = plan.terms == Terms::kPlain;
+  // A few classes are taken by threads of their own without options alone.
+  bool in_rows =
+      is_plain || (a.classes > kFewClasses && (plan.terms == Terms::kStatistics || is_in_step(a)));
+  if (is_simple(a) && is_dense(a) && in_rows) {
     // A row takes so many vectors at most, whatever its alignment.
     int64_t vectors = a.classes * size_of(a.input.dtype) / 16;
-    int64_t bytes = vectors * 16;
+    int operands = a.has_probabilities ? 2 : 1;
+    int64_t bytes = vectors * 16 * operands;
     bool packed = is_packed(a);
     plan.aligned = is_aligned(a.input) && (!a.gradient || is_aligned(a.gradient));
-    if (packed && plan.aligned && a.classes == 2) {
+    if (is_plain && packed && plan.aligned && a.classes == 2) {
       plan.kernel = SoftmaxCePlan::kPair;
       plan.group = 1;
-    } else if (packed && a.classes <= 128) {
+    } else if (is_plain && packed && a.classes <= 128) {
       plan.kernel = SoftmaxCePlan::kFew;
-      plan.group = a.classes <= 16 ? 1 : 4;
-    } else if (bytes <= kWarpRowBytes) {
+      plan.group = a.classes <= 16 ? 1 : a.classes <= 24 ? 2 : 4;
+    } else if (vectors * 16 <= kWarpRowBytes &&
+               bytes * kWarps <= device.shared_memory - kReservedBytes) {
       plan.kernel = SoftmaxCePlan::kWarp;
       plan.group = 32;
     } else {
@@ -269,18 +289,21 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
       // As many blocks as it takes for three of them to fit into a multiprocessor.
       int64_t wanted = device.multiprocessor_shared_memory / 3 - kReservedBytes;
       if (a.gradient && bytes > wanted && device.has_clusters) {
-        while (plan.cluster < kMostBlocks && (bytes / plan.cluster) + 16 > wanted)
+        while (plan.cluster < kMostBlocks && bytes / plan.cluster + 16 * operands > wanted)
           plan.cluster *= 2;
-        if (bytes / plan.cluster + 16 > device.shared_memory - kReservedBytes) plan.cluster = 1;
+        if (bytes / plan.cluster + 16 * operands > device.shared_memory - kReservedBytes) {
+          plan.cluster = 1;
+        }
         if (plan.cluster > 1) plan.kernel = SoftmaxCePlan::kCluster;
       }
     }
     int groups = kThreads / plan.group;
     bool keeps = plan.kernel >= SoftmaxCePlan::kWarp;
     int64_t kept = (vectors + plan.cluster - 1) / plan.cluster + (vectors == 0);
-    if (a.gradient && keeps && kept * groups * 16 <= device.shared_memory - kReservedBytes) {
+    int64_t kept_bytes = kept * operands * groups * 16;
+    if (a.gradient && keeps && kept_bytes <= device.shared_memory - kReservedBytes) {
       plan.kept_vectors = static_cast<int>(kept);
-      plan.shared_bytes = plan.kept_vectors * groups * 16;
+      plan.shared_bytes = static_cast<int>(kept_bytes);
     }
     int resident = device.multiprocessor_shared_memory / (plan.shared_bytes + kReservedBytes);
     if (resident > 4) resident = 4;
@@ -289,7 +312,7 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     plan.blocks =
         at_most((rows + groups - 1) / groups, device.multiprocessors * resident / plan.cluster) *
         plan.cluster;
-  } else if (is_simple(a) && rows >= 64 * device.multiprocessors) {
+  } else if (is_simple(a) && is_plain && rows >= 64 * device.multiprocessors) {
     plan.kernel = SoftmaxCePlan::kSpread;
     plan.group = 1;
     plan.blocks = at_most((rows + kThreads - 1) / kThreads, 8 * device.multiprocessors);
@@ -363,7 +386,7 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
 
   if (plan.workspace_bytes > 0) {
     if (p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat &&
-        p.weight.data == nullptr) {
+        p.target.aligned && p.weight.data == nullptr) {
       prepare_kernel<true><<<plan.weight_blocks, kThreads, 0, stream>>>(p);
     } else {
       prepare_kernel<false><<<plan.weight_blocks, kThreads, 0, stream>>>(p);

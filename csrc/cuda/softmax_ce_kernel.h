@@ -47,16 +47,22 @@ struct SoftmaxCeParams {
   double denominator;  // of the mean, where it is known
 };
 
+// What a kernel adds up for each class: kPlain no more than the loss of a label needs; kStatistics
+// what a cap, the entropy and the largest class do, too; kWeighted with a coefficient for each.
+enum class Terms { kPlain, kStatistics, kWeighted };
+
 struct SoftmaxCePlan {
   // Who takes a row: by options or dtypes, anything up to a block; a thread, where classes lie
   // apart; of dense ones, a thread (two classes), a few lanes, a warp, a block, a cluster of
   // blocks.
   enum Kernel { kGeneral, kSpread, kPair, kFew, kWarp, kBlock, kCluster };
   Kernel kernel;
-  int group;         // threads a row, of a warp or the block
+  int group;  // threads a row, of a warp or the block
+  Terms terms;
   bool aligned;      // whether logits and gradient begin at a multiple of 16 bytes
   int cluster;       // blocks a row
-  int kept_vectors;  // of 16 bytes that a row's threads in a block keep in shared memory
+  int kept_vectors;  // of 16 bytes that a row's threads in a block keep in shared memory, of the
+                     // logits, and of probabilities as many
   int shared_bytes;  // of a block
   int blocks;
   int weight_blocks;

@@ -21,31 +21,272 @@ __device__ __forceinline__ void for_vectors(int first, int end, const F& f) {
   for (; v < end; v += kStep) f.template operator()<1>(v);
 }
 
-// Logits whose classes lie dense in memory, with labels. The threads of a row read it once, in
-// vectors of 16 bytes, add up its sums as the vectors arrive, and keep them in shared memory, each
-// thread its own; the gradient is then made of these. A row too large for that is read again. What
-// lies before the first aligned address of a row and after the last whole vector, a thread each
-// takes.
-template <class T, Scope kScope, Pass kPass>
-__global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
+// The larger one, or NaN where either is.
+__device__ __forceinline__ float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ float largest(const float (&values)[kCount]) {
+  float top = values[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) top = larger(top, values[i]);
+  return top;
+}
+template <int kWidth>
+__device__ __forceinline__ float largest_of_lanes(float value) {
+  if constexpr (kWidth > 1) {
+    return largest_of_lanes<kWidth / 2>(larger(value, from_lane<kWidth / 2>(value)));
+  } else {
+    return value;
+  }
+}
+
+// The largest of the values that a thread sees, and the vector in which it saw that first. NaN
+// counts as the largest, as it does in torch.argmax.
+struct Peak {
+  float value;
+  int vector;
+
+  __device__ __forceinline__ void offer(float top, int v) {
+    if (!(top <= value) && value == value) *this = {top, v};
+  }
+  static __device__ __forceinline__ bool is(float value, float top) {
+    return top == top ? value == top : value != value;
+  }
+};
+
+// The sums of a row, with the largest logit and probability where its kernel finds them.
+template <Terms kTerms>
+struct SumsAndPeaks : RowSums<float, kTerms> {
+  float top, top_target;
+
+  static __device__ __forceinline__ SumsAndPeaks none() {
+    return {RowSums<float, kTerms>::none(), -INFINITY, -INFINITY};
+  }
+  template <int kWidth>
+  __device__ __forceinline__ void combine(bool with_coefficients) {
+    RowSums<float, kTerms>::template combine<kWidth>(with_coefficients);
+    top = largest_of_lanes<kWidth>(top);
+    if constexpr (kTerms == Terms::kWeighted) top_target = largest_of_lanes<kWidth>(top_target);
+  }
+};
+
+// The least of what the threads of a row have found, which the row's first thread gets to know.
+template <Scope kScope>
+__device__ __forceinline__ int least(int found, int* shared) {  // [1] INT_MAX before
+  if constexpr (kScope == Scope::kWarp) {
+    return -warp_max(-found);
+  } else {
+    if (found < INT_MAX) atomicMin(shared, found);
+    __syncthreads();
+    found = *shared;
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kScope == Scope::kCluster) {
+    auto cluster = cooperative_groups::this_cluster();
+    cluster.sync();
+    for (unsigned rank = 0; threadIdx.x == 0 && rank < cluster.num_blocks(); ++rank) {
+      int other = *cluster.map_shared_rank(shared, rank);
+      found = other < found ? other : found;
+    }
+  }
+#endif
+  return found;
+}
+
+// From an address that need not be a multiple of the vector's size unless it is `aligned`.
+template <int kCount, class T>
+__device__ __forceinline__ Group<T, kCount> load_group(const T* from, bool aligned) {  // [kCount]
+  if (aligned) return *reinterpret_cast<const Group<T, kCount>*>(from);
+  Group<T, kCount> group;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) group.values[i] = from[i];
+  return group;
+}
+
+// What the options make of a few classes of a row at a time.
+template <class T, Terms kTerms>
+struct Options {
+  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
+  static constexpr int kCount = 16 / sizeof(T);
+  static constexpr bool kWeighted = kTerms == Terms::kWeighted;
+  const SoftmaxCeParams& p;
+  const T* probabilities;  // [classes] or null
+  const T* weights;        // [classes] or null
+  bool target_aligned, weight_aligned;
+
+  // `first_class` is that of a vector of logits.
+  __device__ __forceinline__ Options(const SoftmaxCeParams& params, int64_t row, int first_class)
+      : p(params), probabilities(nullptr), weights(nullptr) {
+    if (!kWeighted) return;
+    if (p.has_probabilities) {
+      probabilities = static_cast<const T*>(p.target.data) + row_offset(p.target, p.rows, row);
+    }
+    weights = static_cast<const T*>(p.weight.data);
+    auto is_aligned = [&](const T* x) {
+      return reinterpret_cast<uintptr_t>(x + first_class) % 16 == 0;
+    };
+    target_aligned = is_aligned(probabilities);
+    weight_aligned = is_aligned(weights);
+  }
+
+  // Those of a vector of classes from c on.
+  __device__ __forceinline__ Group<T, kCount> target_vector(int c) const {
+    return load_group<kCount>(probabilities + c, target_aligned);
+  }
+
+  // The coefficients of classes from c on, in the place of their probabilities.
+  template <int kN>
+  __device__ __forceinline__ void weigh(float (&b)[kN], int c) const {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      b[i] = p.has_probabilities ? fmaf(b[i], p.in_float.keep, p.in_float.share) : p.in_float.share;
+    }
+    if (weights == nullptr) return;
+    auto group = load_group<kN>(weights + c, kN > 1 && weight_aligned);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) b[i] *= to_real<float>(group.values[i]);
+  }
+
+  // A logit as it lies to one as the loss sees it.
+  __device__ __forceinline__ float value_of(float logit) const {
+    const auto& k = p.in_float;
+    if (k.softcap == 0) return logit * k.logit_scale;
+    return cap<kPrecision>(k.softcap, logit * (k.logit_scale * k.inverse_softcap)).value;
+  }
+
+  // Logits less the reference, and the cap's derivatives, if there is one.
+  template <bool kCap, int kN>
+  __device__ __forceinline__ void shift(float (&logits)[kN], float (&slopes)[kN],
+                                        float reference) const {
+    const auto& k = p.in_float;
+    const float inner = k.logit_scale * k.inverse_softcap;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      if constexpr (kCap) {
+        auto capped = cap<kPrecision>(k.softcap, logits[i] * inner);
+        logits[i] = capped.value - reference;
+        slopes[i] = capped.slope;
+      } else {
+        logits[i] = fmaf(logits[i], k.logit_scale, -reference);
+      }
+    }
+  }
+
+  // Adds up logits, the largest of which is `top`, with coefficients b, or 1.
+  template <int kN>
+  __device__ __forceinline__ void add(float (&logits)[kN], const float (&b)[kN], float top,
+                                      SumsAndPeaks<kTerms>& sums) const {
+    sums.admit(value_of(top));
+    auto add_all = [&]<bool kCap>() {
+      // Added up among themselves first, since a row may be long.
+      float e[kN], slopes[kN];
+      float exponentials = 0;
+      shift<kCap>(logits, slopes, sums.reference);
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        e[i] = sums.exponential(logits[i]);
+        exponentials = i == 0 ? e[0] : exponentials + e[i];
+      }
+      sums.exponentials += exponentials;
+      if (p.has_coefficients) {
+        float coefficients = kN, cost = 0;
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          float coefficient = kWeighted ? b[i] : 1;
+          if (kWeighted) coefficients = i == 0 ? coefficient : coefficients + coefficient;
+          cost = i == 0 ? -coefficient * logits[0] : cost - coefficient * logits[i];
+        }
+        sums.coefficients += coefficients;
+        sums.cost += cost;
+      }
+      if (p.entropy.data != nullptr || p.grad_entropy.data != nullptr) {
+        float entropy = 0;
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          entropy = i == 0 ? -e[0] * finite(logits[0]) : entropy - e[i] * finite(logits[i]);
+        }
+        sums.entropy += entropy;
+      }
+    };
+    if (p.in_float.softcap == 0) {
+      add_all.template operator()<false>();
+    } else {
+      add_all.template operator()<true>();
+    }
+  }
+
+  // The gradient at logits with coefficients b, or `share`, in the place of the logits. g is that
+  // of scaled logits; `of_label` is the term of a label's class, which comes alone.
+  template <int kN>
+  __device__ __forceinline__ void differentiate(float (&logits)[kN], const float (&b)[kN],
+                                                float reference, const SoftmaxGradient<float>& g,
+                                                float of_label) const {
+    const float constant = p.has_coefficients ? g.coefficient * p.in_float.share : 0.0f;
+    auto differentiate_all = [&]<bool kCap, bool kEntropy>() {
+      float slopes[kN];
+      shift<kCap>(logits, slopes, reference);
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        float factor = g.exponential - (kEntropy ? g.entropy * finite(logits[i]) : 0);
+        float coefficient = kWeighted ? g.coefficient * b[i] : constant;
+        logits[i] = fmaf(math::exp_shifted<kPrecision>(logits[i]), factor, -coefficient);
+        if constexpr (kN == 1) logits[i] -= of_label;
+        if constexpr (kCap) logits[i] *= slopes[i];
+      }
+    };
+    if (p.grad_entropy.data != nullptr) {
+      if (p.in_float.softcap == 0) {
+        differentiate_all.template operator()<false, true>();
+      } else {
+        differentiate_all.template operator()<true, true>();
+      }
+    } else if (p.in_float.softcap == 0) {
+      differentiate_all.template operator()<false, false>();
+    } else {
+      differentiate_all.template operator()<true, false>();
+    }
+  }
+};
+
+// Logits whose classes lie dense in memory. The threads of a row read it once, in vectors of 16
+// bytes, add up its sums as the vectors arrive, and keep them in shared memory, each thread its
+// own; the gradient is then made of these. A row too large for that is read again. What lies before
+// the first aligned address of a row and after the last whole vector, a thread each takes.
+// Probabilities are read, and kept, in step with the logits.
+template <class T, Scope kScope, Pass kPass, Terms kTerms>
+__global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted                          ? 2
+                                            : kScope == Scope::kWarp && kTerms == Terms::kPlain ? 4
+                                                                                                : 3)
     row_kernel(const __grid_constant__ SoftmaxCeParams p, int kept_vectors) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kScope == Scope::kCluster) return;
 #endif
   constexpr bool kGradient = kPass != Pass::kForward;
+  constexpr bool kPlain = kTerms == Terms::kPlain, kWeighted = kTerms == Terms::kWeighted;
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
-  constexpr int kBatch = kScope == Scope::kWarp ? 2 : 4;  // vectors in flight
+  constexpr int kBatch = kScope == Scope::kWarp || kWeighted ? 2 : 4;  // vectors in flight
   using Vector = Group<T, kCount>;
-  using Sums = RowSums<float, false>;
-  extern __shared__ uint4 memory[];  // [groups of a block, kept_vectors]
+  using Sums = std::conditional_t<kPlain, RowSums<float, kTerms>, SumsAndPeaks<kTerms>>;
+  extern __shared__ uint4 memory[];  // [groups of a block, logits and probabilities, kept_vectors]
   __shared__ Exchange<Sums> exchange;
+  __shared__ int found[2][2];  // of this row or the last one: the largest logit, the probability
 
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   const float logit_scale = p.in_float.logit_scale;
   const float share = p.in_float.share;
   const int classes = static_cast<int>(p.classes);
+  const bool has_probabilities = kWeighted && p.has_probabilities;
+  const bool wants_top = !kPlain && (p.prediction.data != nullptr || p.correct.data != nullptr);
+  const bool wants_target = has_probabilities && p.correct.data != nullptr;
   constexpr int kGroup = kScope == Scope::kWarp ? 32 : kThreads;
   constexpr int kGroups = kThreads / kGroup;
   int rank = 0, ranks = 1;
@@ -62,7 +303,8 @@ __global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
   first = first * kGroups + threadIdx.x / kGroup;
   step *= kGroups;
   const int lane = threadIdx.x % kGroup;
-  Vector* kept = reinterpret_cast<Vector*>(memory) + threadIdx.x / kGroup * kept_vectors;
+  Vector* kept = reinterpret_cast<Vector*>(memory);
+  kept += threadIdx.x / kGroup * (has_probabilities ? 2 : 1) * kept_vectors;
   bool is_leader = lane == 0 && rank == 0;
   int parity = 0;
   float loss = 0;
@@ -90,40 +332,128 @@ __global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
     if (rank == 0 && lane < extras) single = lane < head ? lane : classes - extras + lane;
     const Vector* from = reinterpret_cast<const Vector*>(x + head) + start;
     int first_class = head + start * kCount;
+    const Options<T, kTerms> options(p, row, first_class);
 
     Sums sums = Sums::none();
-    float label_logit = 0, single_logit = 0;
-    auto read = [&]<int kN>(int v) {
-      Vector raw[kN];
+    float label_logit = 0, single_logit = 0, single_target = 0;
+    Peak peak{-INFINITY, lane}, target_peak = peak;
+    // Vectors that have arrived: the one at v and those that follow it.
+    auto add = [&]<int kN>(int v, const Vector* raw /* [kN] */,
+                           const Vector* raw_target /* [kN] */) {
       float logits[kN * kCount];
-#pragma unroll
-      for (int i = 0; i < kN; ++i) raw[i] = from[v + i * kGroup];
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         if constexpr (kPass == Pass::kKept) kept[v + i * kGroup] = raw[i];
         unpack(raw[i], reinterpret_cast<float (&)[kCount]>(logits[i * kCount]));
       }
-      sums.add(logits, logit_scale, p.has_coefficients);
+      if constexpr (kPlain) {
+        sums.add(logits, logit_scale, p.has_coefficients);
+      } else {
+        float top = largest(logits);
+        if (wants_top) peak.offer(top, v);
+        float b[kN * kCount] = {};
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          auto& of_vector = reinterpret_cast<float (&)[kCount]>(b[i * kCount]);
+          if (has_probabilities) {
+            if constexpr (kPass == Pass::kKept) kept[kept_vectors + v + i * kGroup] = raw_target[i];
+            unpack(raw_target[i], of_vector);
+          }
+          if (wants_target) target_peak.offer(largest(of_vector), v + i * kGroup);
+          if (kWeighted) {
+            options.weigh(of_vector, first_class + (v + i * kGroup) * kCount);
+          }
+        }
+        options.add(logits, b, top, sums);
+      }
+    };
+    auto read = [&]<int kN>(int v) {
+      Vector raw[kN], raw_target[kN];
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        raw[i] = from[v + i * kGroup];
+        if (has_probabilities) {
+          raw_target[i] = options.target_vector(first_class + (v + i * kGroup) * kCount);
+        }
+      }
+      constexpr int kMost = (kWeighted || kScope == Scope::kCluster ? 8 : 16) / kCount;
+      constexpr int kAtOnce = kPlain || kN < kMost ? kN : kMost;
+#pragma unroll
+      for (int i = 0; i < kN; i += kAtOnce) {
+        add.template operator()<kAtOnce>(v + i * kGroup, raw + i, raw_target + i);
+      }
     };
     if (reads) {
       if (target.is_kept && label >= 0) label_logit = to_real<float>(x[label]);
       if (single >= 0) {
         single_logit = to_real<float>(x[single]);
-        sums.add(reinterpret_cast<float (&)[1]>(single_logit), logit_scale, p.has_coefficients);
+        if constexpr (kPlain) {
+          sums.add(reinterpret_cast<float (&)[1]>(single_logit), logit_scale, p.has_coefficients);
+        } else {
+          if (has_probabilities) single_target = to_real<float>(options.probabilities[single]);
+          float logit[1] = {single_logit}, b[1] = {single_target};
+          if (kWeighted) options.weigh(b, single);
+          sums.top = single_logit;
+          sums.top_target = single_target;
+          options.add(logit, b, single_logit, sums);
+        }
       }
       for_vectors<kBatch, kGroup>(lane, vectors, read);
+      if constexpr (!kPlain) {
+        sums.top = larger(sums.top, peak.value);
+        sums.top_target = larger(sums.top_target, target_peak.value);
+        if (kScope != Scope::kWarp && threadIdx.x == 0) {
+          found[parity][0] = found[parity][1] = INT_MAX;
+        }
+      }
       combine<kScope>(sums, exchange, parity, p.has_coefficients);
-      parity ^= 1;
     }
-    if (reads) {
+    // A vector again.
+    auto logits_at = [&](int v) { return kPass == Pass::kKept ? kept[v] : from[v]; };
+    auto targets_at = [&](int v) {
+      return kPass == Pass::kKept ? kept[kept_vectors + v]
+                                  : options.target_vector(first_class + v * kCount);
+    };
+    int predicted = 0, right = label;
+    if constexpr (!kPlain) {
+      // The row's first class of those whose values are the largest.
+      auto find = [&](const auto& vector_at, float single_value, const Peak& peak, float top,
+                      int* shared) {
+        int c = single >= 0 && Peak::is(single_value, top) ? single : INT_MAX;
+        bool is_searching = Peak::is(peak.value, top);
+#pragma unroll 1
+        for (int v = peak.vector; is_searching && v < vectors; v += kGroup) {
+          float values[kCount];
+          unpack(vector_at(v), values);
+          int at = first_class + v * kCount;
+#pragma unroll
+          for (int i = kCount - 1; i >= 0; --i) {
+            if (!Peak::is(values[i], top)) continue;
+            c = at + i < c ? at + i : c;
+            is_searching = false;
+          }
+        }
+        return least<kScope>(c, shared);
+      };
+      if (wants_top) predicted = find(logits_at, single_logit, peak, sums.top, found[parity]);
+      if (wants_target) {
+        right = find(targets_at, single_target, target_peak, sums.top_target, found[parity] + 1);
+      }
+    }
+    parity ^= 1;
+    if constexpr (!kWeighted) {
       sums.coefficients *= share;
-      sums.weighted *= share;
+      sums.cost *= share;
+    }
+    SoftmaxRow<float> result{};
+    if (reads && (kGradient || is_leader)) {
+      float logit = kPlain ? label_logit * logit_scale : options.value_of(label_logit);
+      result = row_result(p, target, sums, logit, is_leader);
     }
     if (is_leader) {
-      RowResult<float> result{};
-      if (reads) result = row_result(p, target, sums, label_logit * logit_scale);
       loss += result.loss;
       store_result(p, row, result);
+      if constexpr (!kPlain) store_prediction(p, row, predicted, right, target.is_kept);
     }
 
     if constexpr (kGradient) {
@@ -148,30 +478,47 @@ __global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
         }
         continue;
       }
-      RowGradient<float> g = row_gradient(p, row, target, sums, scale);
-      const float factor = g.exponential * logit_scale;
-      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
-      auto gradient_of = [&](float logit) {
-        float e = math::exp_shifted<kPrecision>(fmaf(logit, logit_scale, -sums.reference));
-        return fmaf(e, factor, shift);
+      auto g = row_gradient(p, row, target, sums, result, scale);
+      g = {g.exponential * logit_scale, g.entropy * logit_scale, g.coefficient * logit_scale,
+           g.label * logit_scale};
+      const float shift = share == 0 ? 0.0f : -g.coefficient * share;
+      // Of classes from c on, in the place of logits; b holds their probabilities.
+      auto differentiate = [&]<int kN>(float (&logits)[kN], float (&b)[kN], int c, float of_label) {
+        if constexpr (kPlain) {
+#pragma unroll
+          for (int i = 0; i < kN; ++i) {
+            float shifted = fmaf(logits[i], logit_scale, -sums.reference);
+            logits[i] = fmaf(math::exp_shifted<kPrecision>(shifted), g.exponential, shift);
+            if constexpr (kN == 1) logits[i] -= of_label;
+          }
+        } else {
+          if (kWeighted) options.weigh(b, c);
+          options.differentiate(logits, b, sums.reference, g, of_label);
+        }
+      };
+      auto write_one = [&](int c, float logit, float probability, float of_label) {
+        float value[1] = {logit}, b[1] = {probability};
+        differentiate(value, b, c, of_label);
+        dx[c] = from_real<T>(value[0]);
       };
       auto write = [&]<bool kAligned, int kN>(int v) {
-        Vector raw[kN];
+        Vector raw[kN], raw_target[kN];
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
-          raw[i] = kPass == Pass::kKept ? kept[v + i * kGroup] : from[v + i * kGroup];
+          raw[i] = logits_at(v + i * kGroup);
+          if (has_probabilities) raw_target[i] = targets_at(v + i * kGroup);
         }
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
-          float values[kCount];
+          float values[kCount], b[kCount] = {};
           unpack(raw[i], values);
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) values[j] = gradient_of(values[j]);
+          if (has_probabilities) unpack(raw_target[i], b);
+          differentiate(values, b, first_class + (v + i * kGroup) * kCount, 0.0f);
           pack(values, raw[i]);
           store_vector.template operator()<kAligned>(v + i * kGroup, raw[i]);
         }
       };
-      if (single >= 0) dx[single] = from_real<T>(gradient_of(single_logit));
+      if (single >= 0) write_one(single, single_logit, single_target, 0.0f);
       if (aligned) {
         for_vectors<kBatch, kGroup>(lane, vectors,
                                     [&]<int kN>(int v) { write.template operator()<true, kN>(v); });
@@ -184,9 +531,7 @@ __global__ void __launch_bounds__(kThreads, kScope == Scope::kWarp ? 4 : 3)
       bool is_mine = label_vector < 0 || label_vector >= vectors
                          ? single == label
                          : (label_vector & (kGroup - 1)) == lane;
-      if (label >= 0 && is_mine) {
-        dx[label] = from_real<T>(gradient_of(label_logit) - g.label * logit_scale);
-      }
+      if (label >= 0 && is_mine) write_one(label, label_logit, 0.0f, g.label);
     }
   }
 
@@ -216,30 +561,41 @@ void launch_row(Kernel kernel, const SoftmaxCeParams& p, const SoftmaxCePlan& pl
   cudaLaunchKernelEx(&config, kernel, p, plan.kept_vectors);
 }
 
-template <class T, Scope kScope>
+template <class T, Scope kScope, Terms kTerms>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   if (p.gradient.data == nullptr) {
     if constexpr (kScope != Scope::kCluster) {
-      launch_row(row_kernel<T, kScope, Pass::kForward>, p, plan, stream);
+      launch_row(row_kernel<T, kScope, Pass::kForward, kTerms>, p, plan, stream);
     }
   } else if (plan.kept_vectors > 0) {
-    launch_row(row_kernel<T, kScope, Pass::kKept>, p, plan, stream);
+    launch_row(row_kernel<T, kScope, Pass::kKept, kTerms>, p, plan, stream);
   } else {
     if constexpr (kScope == Scope::kBlock) {
-      launch_row(row_kernel<T, kScope, Pass::kReread>, p, plan, stream);
+      launch_row(row_kernel<T, kScope, Pass::kReread, kTerms>, p, plan, stream);
     }
+  }
+}
+
+template <class T, Terms kTerms>
+void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  switch (plan.kernel) {
+    case SoftmaxCePlan::kWarp:
+      return launch_rows<T, Scope::kWarp, kTerms>(p, plan, stream);
+    case SoftmaxCePlan::kBlock:
+      return launch_rows<T, Scope::kBlock, kTerms>(p, plan, stream);
+    default:
+      return launch_rows<T, Scope::kCluster, kTerms>(p, plan, stream);
   }
 }
 
 template <class T>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
-  switch (plan.kernel) {
-    case SoftmaxCePlan::kWarp:
-      return launch_rows<T, Scope::kWarp>(p, plan, stream);
-    case SoftmaxCePlan::kBlock:
-      return launch_rows<T, Scope::kBlock>(p, plan, stream);
-    default:
-      return launch_rows<T, Scope::kCluster>(p, plan, stream);
+  if (plan.terms == Terms::kPlain) {
+    launch_rows<T, Terms::kPlain>(p, plan, stream);
+  } else if (plan.terms == Terms::kStatistics) {
+    launch_rows<T, Terms::kStatistics>(p, plan, stream);
+  } else {
+    launch_rows<T, Terms::kWeighted>(p, plan, stream);
   }
 }
 

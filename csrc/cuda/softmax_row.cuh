@@ -60,20 +60,28 @@ struct Largest {
   }
 };
 
-// What one pass over logits l_c, with a coefficient b_c for each, adds up. All sums refer to
-// `reference`, which stays finite and within kSlack below the largest logit, so that no sum
-// overflows and infinite logits give what the mathematics says; it moves so seldom that the pass is
-// one exponential a class.
-template <class Real, bool kEntropy>
-struct RowSums {
-  static constexpr int kSlack = 1;
-  Real reference;
-  Real exponentials;  // sum of e = exp(l - reference)
-  Real coefficients;  // sum of b
-  Real weighted;      // sum of b (l - reference)
-  Real entropy;       // sum of e (l - reference)
+// What the cap makes of a logit, given that over the cap, and the cap's derivative there.
+template <class Real>
+struct Capped {
+  Real value, slope;
+};
+template <Precision kPrecision, class Real>
+__device__ __forceinline__ Capped<Real> cap(Real softcap, Real ratio) {
+  Real t = math::tanh<kPrecision>(ratio);
+  return {softcap * t, 1 - t * t};
+}
 
-  static __device__ __forceinline__ RowSums none() { return {-kGreatest<Real>, 0, 0, 0, 0}; }
+// SoftmaxSums as several threads gather them. `reference` is at most kSlack below the largest
+// logit, and moves so seldom that the pass is one exponential a class. It starts finite, so that a
+// logit of -inf is infinitely far below it; one of +inf makes the sums NaN, and with them the loss
+// and the gradient, as in torch.
+template <class Real, Terms kTerms>
+struct RowSums : SoftmaxSums<Real> {
+  static constexpr int kSlack = 1;
+  using SoftmaxSums<Real>::reference, SoftmaxSums<Real>::exponentials,
+      SoftmaxSums<Real>::coefficients, SoftmaxSums<Real>::cost, SoftmaxSums<Real>::entropy;
+
+  static __device__ __forceinline__ RowSums none() { return {{-kGreatest<Real>, 0, 0, 0, 0}}; }
 
   // Where e is large enough to matter in a sum, its exponent is small and needs no correction.
   static __device__ __forceinline__ Real exponential(Real shifted) {
@@ -81,23 +89,20 @@ struct RowSums {
   }
 
   __device__ __forceinline__ void refer_to(Real to) {
-    Real shift = reference - to;
-    Real factor = exponential(shift);
+    Real shift = to - reference;
+    Real factor = exponential(-shift);
     // Before the first finite logit there is nothing to correct, and `shift` may be infinite.
-    if (reference > -kGreatest<Real>) weighted += coefficients * shift;
-    if constexpr (kEntropy) {
+    if (reference > -kGreatest<Real>) cost += coefficients * shift;
+    if constexpr (kTerms != Terms::kPlain) {
       entropy = factor == 0 ? Real(0) : factor * (entropy + shift * exponentials);
     }
     exponentials *= factor;
     reference = to;
   }
 
-  // An infinite logit, which makes the loss and the gradient NaN, as in torch.
-  __device__ __forceinline__ bool has_infinity() const { return exponentials > kGreatest<Real>; }
-
   // Makes room for logits of which `top` is the largest.
   __device__ __forceinline__ void admit(Real top) {
-    if (top > reference + kSlack) refer_to(top < kGreatest<Real> ? top : kGreatest<Real>);
+    if (top > reference + kSlack) refer_to(top);
   }
 
   // Logits before their scale, with coefficients of 1 if any.
@@ -114,7 +119,7 @@ struct RowSums {
     if (with_coefficients) {
       coefficients += kCount;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) weighted += shifted[i];
+      for (int i = 0; i < kCount; ++i) cost -= shifted[i];
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) exponentials += exponential(shifted[i]);
@@ -127,26 +132,23 @@ struct RowSums {
     exponentials = warp_sum<kWidth>(exponentials);
     if (with_coefficients) {
       coefficients = warp_sum<kWidth>(coefficients);
-      weighted = warp_sum<kWidth>(weighted);
+      cost = warp_sum<kWidth>(cost);
     }
-    if constexpr (kEntropy) entropy = warp_sum<kWidth>(entropy);
+    if constexpr (kTerms != Terms::kPlain) entropy = warp_sum<kWidth>(entropy);
   }
 };
+
+// A difference of logits by which an exponential that is 0 may be multiplied.
+__device__ __forceinline__ float finite(float shifted) { return fmaxf(shifted, -128.0f); }
+__device__ __forceinline__ double finite(double shifted) { return fmax(shifted, -1024.0); }
 
 // The label of a row and what it does to the row's loss.
 template <class Real>
 struct RowTarget {
   int64_t label;  // -1 where there is none to read a logit of
-  Real weight;    // of the label's term: keep w_y; NaN for a bad label
+  Real weight;    // of the label's term: keep w_y, or 0 if ignored; NaN for a bad label
   Real factor;    // of the loss: sample_weight
   bool is_kept;
-};
-
-// The factors of dL/dl_c = e_c (exponential + entropy (l_c - reference + shift)) - b_c coefficient
-// - [c == y] label, with e_c as in RowSums.
-template <class Real>
-struct RowGradient {
-  Real exponential, entropy, shift, coefficient, label;
 };
 
 __device__ __forceinline__ int64_t load_label(const void* labels,  // [*rows]
@@ -179,8 +181,13 @@ __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p,
     bool is_valid = static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes);
     target.label = is_valid && target.is_kept ? label : -1;
     target.weight = is_valid ? (kPlain ? Real(1) : constants<Real>(p).keep) : quiet_nan<Real>();
-    if (!target.is_kept) return target;
-    if (!is_valid) write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
+    if (!is_valid && target.is_kept) {
+      write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
+    }
+    if (!kPlain && !target.is_kept) {
+      target.weight = 0;
+      return target;
+    }
     if (!kPlain && p.weight.data != nullptr && is_valid) {
       target.weight *= load<Real>(p.weight, label * p.weight_stride);
     }
@@ -199,78 +206,62 @@ __device__ __forceinline__ bool has_gradient(const SoftmaxCeParams& p,
   return target.is_kept || (p.is_backward && p.reads_all);
 }
 
-template <class Real>
-struct RowResult {
-  Real loss, log_sum, lse, entropy;
-};
-
-// `label_logit` is l_y, or anything where the row has no valid label.
-template <bool kPlain = false, class Real, bool kEntropy>
-__device__ __forceinline__ RowResult<Real> row_result(const SoftmaxCeParams& p,
-                                                      const RowTarget<Real>& target,
-                                                      const RowSums<Real, kEntropy>& sums,
-                                                      Real label_logit) {
-  RowResult<Real> result;
-  result.log_sum = math::log(sums.exponentials);
-  result.lse = sums.reference + result.log_sum;
-  result.entropy = 0;
-  if constexpr (kEntropy) {
-    result.entropy = result.log_sum - sums.entropy * math::reciprocal(sums.exponentials);
-  }
-  Real loss = 0;
-  if (kPlain || !p.has_probabilities) {
-    loss = target.weight * (result.log_sum - (label_logit - sums.reference));
-  }
-  if (!kPlain && p.has_coefficients && p.classes > 0) {
-    Real spread = sums.coefficients * result.log_sum - sums.weighted;
-    // An infinite probability makes both terms infinite, of either sign.
-    loss += sums.coefficients > kGreatest<Real> ? sums.coefficients : spread;
-  }
-  Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
-  if (z_loss != 0) loss += z_loss * result.lse * result.lse;
-  if (sums.has_infinity()) loss = quiet_nan<Real>();
-  result.loss = target.is_kept ? target.factor * loss : Real(0);
-  return result;
+// `label_logit` is l_y, or anything where the row has no valid label. The loss is found where it is
+// wanted, and the logarithm, which costs as much as some classes, where anything needs it.
+template <bool kPlain = false, class Real>
+__device__ __forceinline__ SoftmaxRow<Real> row_result(const SoftmaxCeParams& p,
+                                                       const RowTarget<Real>& target,
+                                                       SoftmaxSums<Real> sums, Real label_logit,
+                                                       bool wants_loss) {
+  const Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
+  bool needs_logarithm = !kPlain && (z_loss != 0 || p.grad_entropy.data != nullptr);
+  auto row = SoftmaxRow<Real>::of(sums, wants_loss || needs_logarithm);
+  if (!wants_loss) return row;
+  // An infinite probability makes all terms infinite, of either sign.
+  if (!kPlain && sums.coefficients > kGreatest<Real>) sums.cost = sums.coefficients;
+  row.set_loss(sums, kPlain || !p.has_probabilities, target.weight, label_logit, z_loss);
+  row.loss = target.is_kept ? target.factor * row.loss : Real(0);
+  return row;
 }
 
-template <bool kPlain = false, class Real, bool kEntropy>
-__device__ __forceinline__ RowGradient<Real> row_gradient(const SoftmaxCeParams& p, int64_t row,
-                                                          const RowTarget<Real>& target,
-                                                          const RowSums<Real, kEntropy>& sums,
-                                                          Real scale) {
-  Real factor = target.factor * scale;
+template <bool kPlain = false, class Real, Terms kTerms>
+__device__ __forceinline__ SoftmaxGradient<Real> row_gradient(const SoftmaxCeParams& p, int64_t row,
+                                                              const RowTarget<Real>& target,
+                                                              const RowSums<Real, kTerms>& sums,
+                                                              const SoftmaxRow<Real>& result,
+                                                              Real scale) {
+  Real upstream = target.factor * scale, of_lse = 0, of_entropy = 0;
   if (!kPlain && p.is_backward) {
-    factor *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
+    upstream *= p.grad_loss.data != nullptr ? load<Real>(p.grad_loss, p.rows, row) : Real(0);
+    if (!target.is_kept) upstream = 0;
+    if (p.grad_lse.data != nullptr) of_lse = load<Real>(p.grad_lse, p.rows, row);
+    if (kTerms != Terms::kPlain && p.grad_entropy.data != nullptr) {
+      of_entropy = load<Real>(p.grad_entropy, p.rows, row);
+    }
   }
-  Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
-  Real log_sum = 0;
-  if (z_loss != 0 || (!kPlain && p.grad_entropy.data != nullptr))
-    log_sum = math::log(sums.exponentials);
-  RowGradient<Real> gradient{};
-  if (kPlain || target.is_kept) {
-    Real total = sums.coefficients + target.weight;
-    if (z_loss != 0) total += 2 * z_loss * (sums.reference + log_sum);
-    gradient.exponential = factor * total;
-    gradient.coefficient = factor;
-    gradient.label = factor * target.weight;
-  }
-  if (!kPlain && p.grad_lse.data != nullptr)
-    gradient.exponential += load<Real>(p.grad_lse, p.rows, row);
-  Real inverse = sums.has_infinity() ? quiet_nan<Real>() : math::reciprocal(sums.exponentials);
-  gradient.exponential *= inverse;
-  if (!kPlain && p.grad_entropy.data != nullptr) {
-    gradient.entropy = -load<Real>(p.grad_entropy, p.rows, row) * inverse;
-    gradient.shift = -sums.entropy * inverse;  // the entropy without log_sum
-  }
-  return gradient;
+  const Real z_loss = kPlain ? Real(0) : constants<Real>(p).z_loss;
+  return SoftmaxGradient<Real>::evaluate(sums, result, target.weight, z_loss, upstream, of_lse,
+                                         of_entropy);
 }
 
 template <class Real>
 __device__ __forceinline__ void store_result(const SoftmaxCeParams& p, int64_t row,
-                                             const RowResult<Real>& result) {
+                                             const SoftmaxRow<Real>& result) {
   if (p.loss.data != nullptr) store(p.loss, p.rows, row, result.loss);
   if (p.lse.data != nullptr) store(p.lse, p.rows, row, result.lse);
   if (p.entropy.data != nullptr) store(p.entropy, p.rows, row, result.entropy);
+}
+
+// `predicted` is the largest logit's class, `right` the label or the largest probability's class.
+__device__ __forceinline__ void store_prediction(const SoftmaxCeParams& p, int64_t row,
+                                                 int64_t predicted, int64_t right, bool is_kept) {
+  if (p.prediction.data != nullptr) {
+    static_cast<int64_t*>(p.prediction.data)[row_offset(p.prediction, p.rows, row)] = predicted;
+  }
+  if (p.correct.data != nullptr) {
+    static_cast<bool*>(p.correct.data)[row_offset(p.correct, p.rows, row)] =
+        is_kept && right == predicted;
+  }
 }
 
 // Threads that share a row.
