@@ -21,7 +21,7 @@ constexpr int64_t kManyClasses = 64;
 // What is read and written once a row, for up to kRowsAtOnce of them.
 template <class Real>
 struct RowBuffers {
-  int64_t label[kRowsAtOnce];  // -1 where there is none, or it is out of range
+  int64_t label[kRowsAtOnce];  // -1 where there is none
   bool kept[kRowsAtOnce];
   alignas(64) Real label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
       grad_lse[kRowsAtOnce], grad_entropy[kRowsAtOnce],
@@ -58,7 +58,7 @@ Real class_weight(const SoftmaxCeArguments& a, int64_t c) {
 
 template <class Real>
 void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double scale,
-               RowBuffers<Real>& rows, BadLabel* bad) {
+               RowBuffers<Real>& rows) {
   auto read = [&](const Operand& operand, Real* to, Real absent) {
     if (operand) {
       gather(operand, a.rows, begin, count, to);
@@ -79,22 +79,11 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
   } else {
     gather(a.target, a.rows, begin, count, rows.label);
     const Real share = static_cast<Real>(1 - a.label_smoothing);
-    const auto classes = static_cast<uint64_t>(a.classes);
-    int bad_labels = 0;
     for (int i = 0; i < count; ++i) {
-      int64_t label = rows.label[i];
-      bool kept = label != a.ignore_index, inside = static_cast<uint64_t>(label) < classes;
-      bad_labels += kept && !inside;
+      bool kept = rows.label[i] != a.ignore_index;
       rows.kept[i] = kept;
-      rows.label_weight[i] = kept && inside ? share : 0;
-    }
-    for (int i = 0; bad_labels > 0 && i < count; ++i) {
-      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
-      if (rows.kept[i] && !inside && !bad->found) *bad = {true, rows.label[i]};
-    }
-    for (int i = 0; i < count; ++i) {
-      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
-      rows.label[i] = rows.kept[i] && inside ? rows.label[i] : -1;
+      rows.label_weight[i] = kept ? share : 0;
+      rows.label[i] = kept ? rows.label[i] : -1;
     }
     if (a.weight) {
       for (int i = 0; i < count; ++i) {
@@ -260,8 +249,8 @@ FUSED_CE_HOST_DEVICE V gradient_of(const SoftmaxGradient<V>& factors, V e, V bel
   return gradient;
 }
 
-// Whether a loop deals with coefficients and entropies.
-enum class Terms { kPlain, kAll };
+// What a loop adds up: exponentials alone, with the coefficients' terms, or with the entropy too.
+enum class Terms { kPlain, kCoefficients, kAll };
 
 // ---- a vector holds classes ----
 
@@ -286,17 +275,42 @@ auto block_max(const T* x, int count) {  // [count]
   return most;
 }
 
-// The sums are float64: the vectors' own are added to them after a few steps.
+// The coefficients of a block of classes: `factor` times each's, or the same for all.
+template <class Real>
+struct Coefficients {
+  const Real* each;  // [count] or null
+  Real factor;       // 0 where there are none
+
+  template <class T>
+  FUSED_CE_HOST_DEVICE auto two(int i) const {
+    using V = typename Computing<Real>::Vector;
+    return each != nullptr ? load_two<T>(each + i) : Two<V>{V{} + Real{1}, V{} + Real{1}};
+  }
+  FUSED_CE_HOST_DEVICE Real one(int i) const { return each != nullptr ? each[i] : Real{1}; }
+};
+
+// Asks for the memory of a step's elements, which need not exist.
+template <class T>
+FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
+  constexpr int kBytes = Computing<RealOf<T>>::kStep * static_cast<int>(sizeof(T));
+  for (int byte = 0; byte < kBytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + byte);
+  }
+}
+
+// The sums are float64: the vectors' own are added to them after a few steps. What lies at `ahead`
+// is what will be read next: memory works while the exponentials are computed.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
-__attribute__((noinline)) void block_sums(const T* x,                // [count]
-                                          const Real* coefficients,  // [count] or null
-                                          Real* kept,                // [count] or null
-                                          int count, SoftmaxSums<double>& sums) {
+__attribute__((noinline)) void block_sums(const T* x,  // [count]
+                                          Coefficients<Real> coefficients,
+                                          Real* kept,  // [count] or null
+                                          int count, SoftmaxSums<double>& sums,
+                                          const T* ahead) {  // [count]
   using V = typename Computing<Real>::Vector;
   using Total = typename Computing<Real>::Total;
   constexpr int kStep = Computing<Real>::kStep;
   constexpr int kStepsPerSum = 8;
-  constexpr bool kAll = kTerms == Terms::kAll;
+  constexpr bool kWeighted = kTerms != Terms::kPlain, kEntropy = kTerms == Terms::kAll;
   const Real reference = static_cast<Real>(finite_reference(sums.reference));
   const V top = V{} + reference;
   Total exponentials, all_coefficients, cost, entropy;
@@ -305,79 +319,96 @@ __attribute__((noinline)) void block_sums(const T* x,                // [count]
     int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
     SoftmaxSums<V> one{}, other{};
     for (; i + kStep <= last; i += kStep) {
+      prefetch_step(ahead + i);
       Two<V> l = load_two<T>(x + i);
       Two<V> b{};
-      if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
-      Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kAll, kAll),
-               add_logit<kPrecision>(other, top, l.second, b.second, kAll, kAll)};
+      if constexpr (kWeighted) b = coefficients.template two<T>(i);
+      Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
+               add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
       if (kept != nullptr) store_two(kept + i, e);
     }
     exponentials.add(one.exponentials + other.exponentials);
-    if (!kAll) continue;
-    entropy.add(one.entropy + other.entropy);
+    if (kEntropy) entropy.add(one.entropy + other.entropy);
+    if (!kWeighted) continue;
     all_coefficients.add(one.coefficients + other.coefficients);
     cost.add(one.cost + other.cost);
   }
   SoftmaxSums<Real> rest{};
   for (; i < count; ++i) {
-    Real b = kAll && coefficients != nullptr ? coefficients[i] : 0;
-    Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kAll, kAll);
+    Real b = kWeighted ? coefficients.one(i) : 0;
+    Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kWeighted, kEntropy);
     if (kept != nullptr) kept[i] = e;
   }
   sums.exponentials += exponentials.total() + rest.exponentials;
-  if (!kAll) return;
-  sums.entropy += entropy.total() + rest.entropy;
-  if (coefficients == nullptr) return;
-  sums.cost += cost.total() + rest.cost;
-  sums.coefficients += all_coefficients.total() + rest.coefficients;
+  if (kEntropy) sums.entropy += entropy.total() + rest.entropy;
+  if (!kWeighted || coefficients.factor == 0) return;
+  sums.cost += coefficients.factor * (cost.total() + rest.cost);
+  sums.coefficients += coefficients.factor * (all_coefficients.total() + rest.coefficients);
 }
 
 // The gradient of a block, from its logits, or from kept exponentials where `kept` is not null.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
-__attribute__((noinline)) void block_gradient(const T* x,                // [count]
-                                              const Real* coefficients,  // [count] or null
-                                              const Real* kept,          // [count] or null
+__attribute__((noinline)) void block_gradient(const T* x,  // [count]
+                                              Coefficients<Real> coefficients,
+                                              const Real* kept,  // [count] or null
                                               int count, Real reference,
                                               const SoftmaxGradient<Real>& factors,
-                                              T* gradient) {  // [count]
+                                              const T* ahead,  // [count]
+                                              T* gradient) {   // [count]
   using V = typename Computing<Real>::Vector;
   constexpr int kStep = Computing<Real>::kStep;
-  constexpr bool kAll = kTerms == Terms::kAll;
+  constexpr bool kWeighted = kTerms != Terms::kPlain, kEntropy = kTerms == Terms::kAll;
   const V top = V{} + reference;
-  const SoftmaxGradient<V> f{V{} + factors.exponential, V{} + factors.entropy,
-                             V{} + factors.coefficient, V{} + factors.label};
+  const Real shared = factors.coefficient * coefficients.factor;
+  const SoftmaxGradient<V> f{V{} + factors.exponential, V{} + factors.entropy, V{} + shared,
+                             V{} + factors.label};
   int i = 0;
-  if (!kAll && kept != nullptr) {
-    for (; i + kStep <= count; i += kStep) {
-      Two<V> e = load_two<Real>(kept + i);
-      store_two(gradient + i, Two<V>{e.first * f.exponential, e.second * f.exponential});
-    }
-    for (; i < count; ++i) gradient[i] = from_real<T>(kept[i] * factors.exponential);
-    return;
-  }
   for (; i + kStep <= count; i += kStep) {
-    Two<V> l = load_two<T>(x + i);
-    Two<V> b{};
-    if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
-    V below = top - l.first, other_below = top - l.second;
-    V e = math::exp_negative<kPrecision>(below);
-    V other_e = math::exp_negative<kPrecision>(other_below);
-    store_two(gradient + i, Two<V>{gradient_of(f, e, below, b.first, kAll, kAll),
-                                   gradient_of(f, other_e, other_below, b.second, kAll, kAll)});
+    Two<V> b{}, below{}, e;
+    if constexpr (kWeighted) b = coefficients.template two<T>(i);
+    if (!kEntropy && kept != nullptr) {
+      e = load_two<Real>(kept + i);
+    } else {
+      prefetch_step(ahead + i);
+      Two<V> l = load_two<T>(x + i);
+      below = {top - l.first, top - l.second};
+      e = {math::exp_negative<kPrecision>(below.first),
+           math::exp_negative<kPrecision>(below.second)};
+    }
+    store_two(gradient + i,
+              Two<V>{gradient_of(f, e.first, below.first, b.first, kWeighted, kEntropy),
+                     gradient_of(f, e.second, below.second, b.second, kWeighted, kEntropy)});
   }
+  const SoftmaxGradient<Real> g{factors.exponential, factors.entropy, shared, factors.label};
   for (; i < count; ++i) {
-    Real below = reference - to_real<Real>(x[i]);
-    Real e = math::exp_negative<kPrecision>(below);
-    Real b = kAll && coefficients != nullptr ? coefficients[i] : 0;
-    gradient[i] = from_real<T>(gradient_of(factors, e, below, b, kAll, kAll));
+    Real below = kept != nullptr ? 0 : reference - to_real<Real>(x[i]);
+    Real e = kept != nullptr ? kept[i] : math::exp_negative<kPrecision>(below);
+    Real b = kWeighted ? coefficients.one(i) : 0;
+    gradient[i] = from_real<T>(gradient_of(g, e, below, b, kWeighted, kEntropy));
   }
 }
 
-// T is the logits' type as the loops take them: as they lie (kPlain), or Real in a buffer (kAll).
+// Whether logits and gradient are of type T and lie one behind another, class by class.
+template <class T>
+bool lies_in_rows(const SoftmaxCeArguments& a) {
+  const ClassOperand* operands[] = {&a.input, &a.gradient};
+  for (const ClassOperand* operand : operands) {
+    if (!*operand) continue;
+    Operand classes;
+    classes.dtype = operand->dtype;
+    classes.strides[0] = operand->class_stride;
+    if (!lies_flat<T>(classes, class_space(a.classes))) return false;
+  }
+  return true;
+}
+
+// T is the logits' type as the loops take them: as they lie, or else Real in a buffer.
 template <class T, Terms kTerms, Precision kPrecision>
 struct ClassWise {
   using Real = RealOf<T>;
-  static constexpr bool kIsDirect = kTerms == Terms::kPlain;
+  static constexpr bool kMayBuffer = std::is_same_v<T, Real>;
+  // A row of which the second pass leaves this much of the second-level cache to the next row.
+  static constexpr int64_t kShortRow = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T));
 
   struct Buffers {
     alignas(64) T logits[kClassBlock], gradient[kClassBlock];
@@ -389,44 +420,60 @@ struct ClassWise {
   const Options<Real>& options;
   Buffers& buffers;
   const IndexSpace space = class_space(a.classes);
+  const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
 
-  // The logits of `count` classes from c on; of kAll with their coefficients.
-  const T* block(const Operand& logits, const Operand& target, int64_t c, int count) {
-    if constexpr (kIsDirect) {
-      return static_cast<const T*>(logits.data) + c;
-    } else {
-      gather(logits, space, c, count, buffers.logits);
-      if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
-      if (!options.has_coefficients) return buffers.logits;
-      Real* b = buffers.coefficients;
-      if (a.has_probabilities) gather(target, space, c, count, b);
-      for (int i = 0; i < count; ++i) {
-        b[i] = a.has_probabilities ? math::multiply_add(b[i], options.kept, options.smoothed)
-                                   : options.smoothed;
-      }
-      if (a.weight) {
-        Operand weight = a.weight;
-        weight.strides[0] = a.weight.class_stride;
-        gather(weight, space, c, count, buffers.weight);
-        for (int i = 0; i < count; ++i) b[i] *= buffers.weight[i];
-      }
-      return buffers.logits;
+  template <class F>
+  void for_each_block(F f) const {
+    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
+      f(c, static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock));
     }
   }
 
-  void row(int64_t row, int i, RowBuffers<Real>& rows) {
-    const Operand logits = classes_of(a.input, a.rows, row);
-    const Operand target = a.has_probabilities ? classes_of(a.target, a.rows, row) : Operand{};
-    const Real* coefficients = options.has_coefficients ? buffers.coefficients : nullptr;
-    Real* kept = kIsDirect && a.gradient && a.classes <= kClassBlock ? buffers.kept : nullptr;
-    auto for_each_block = [&](auto f) {
-      for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-        f(c, static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock));
+  // The operand's values for `count` classes from c on: where they lie, or in the buffer.
+  const Real* values(const Operand& operand, int64_t c, int count, Real* buffer) {  // [count]
+    if (lies_flat<Real>(operand, space)) return static_cast<const Real*>(operand.data) + c;
+    gather(operand, space, c, count, buffer);
+    return buffer;
+  }
+
+  const T* logits(const Operand& row, int64_t c, int count) {
+    if constexpr (kMayBuffer) {
+      if (!is_direct) {
+        gather(row, space, c, count, buffers.logits);
+        if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
+        return buffers.logits;
       }
-    };
+    }
+    return static_cast<const T*>(row.data) + c;
+  }
+
+  Coefficients<Real> coefficients(const Operand& target, int64_t c, int count) {
+    if (kTerms == Terms::kPlain || !options.has_coefficients) return {nullptr, 0};
+    const Real* weight = nullptr;
+    if (a.weight) {
+      Operand classes = a.weight;
+      classes.strides[0] = a.weight.class_stride;
+      weight = values(classes, c, count, buffers.weight);
+    }
+    if (!a.has_probabilities) return {weight, options.smoothed};
+    const Real* probability = values(target, c, count, buffers.coefficients);
+    if (!a.weight && a.label_smoothing == 0) return {probability, 1};
+    Real* b = buffers.coefficients;
+    for (int i = 0; i < count; ++i) {
+      b[i] = math::multiply_add(probability[i], options.kept, options.smoothed);
+      if (weight != nullptr) b[i] *= weight[i];
+    }
+    return {b, 1};
+  }
+
+  void row(int64_t row, int i, RowBuffers<Real>& rows) {
+    const Operand input = classes_of(a.input, a.rows, row);
+    const Operand target = a.has_probabilities ? classes_of(a.target, a.rows, row) : Operand{};
+    const bool keeps = is_direct && a.gradient && a.classes <= kClassBlock && !options.has_entropy;
+    Real* kept = keeps ? buffers.kept : nullptr;
 
     if (rows.label[i] >= 0) {
-      gather(logits, space, rows.label[i], 1, &rows.label_logit[i]);
+      gather(input, space, rows.label[i], 1, &rows.label_logit[i]);
       if (options.transforms) options.transform(&rows.label_logit[i], nullptr, 1);
     }
     SoftmaxSums<double> sums{-INFINITY, 0, 0, 0, 0};
@@ -438,12 +485,13 @@ struct ClassWise {
       kept = nullptr;
     } else {
       for_each_block([&](int64_t c, int count) {
-        const T* x = block(logits, target, c, count);
+        const T* x = logits(input, c, count);
         admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
-        block_sums<kTerms, kPrecision>(x, coefficients, kept, count, sums);
+        block_sums<kTerms, kPrecision>(x, coefficients(target, c, count), kept, count, sums,
+                                       x + count);
       });
     }
-    if (options.finds_largest) find_largest(logits, target, rows, i);
+    if (options.finds_largest) find_largest(input, target, rows, i);
     sums.reference = finite_reference(sums.reference);
     auto result = SoftmaxRow<double>::evaluate(sums, !a.has_probabilities, rows.label_weight[i],
                                                rows.label_logit[i], options.z_loss);
@@ -466,21 +514,20 @@ struct ClassWise {
       at_label = gradient_at(rows.label[i], rows.label_logit[i], reference, factors);
     }
     for_each_block([&](int64_t c, int count) {
-      const T* x = block(logits, target, c, count);
-      T* to = kIsDirect ? static_cast<T*>(gradient.data) + c : buffers.gradient;
-      block_gradient<kTerms, kPrecision>(x, coefficients, kept, count, reference, factors, to);
-      if constexpr (!kIsDirect) {
+      const T* x = logits(input, c, count);
+      const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
+      T* to = is_direct ? static_cast<T*>(gradient.data) + c : buffers.gradient;
+      block_gradient<kTerms, kPrecision>(x, coefficients(target, c, count), kept, count, reference,
+                                         factors, ahead, to);
+      if constexpr (kMayBuffer) {
+        if (is_direct) return;
         if (options.transforms) {
           for (int k = 0; k < count; ++k) to[k] *= buffers.slope[k];
         }
         scatter(to, gradient, space, c, count);
       }
     });
-    if (rows.label[i] >= 0) {
-      Operand place = gradient;
-      place.data = address_of(gradient, rows.label[i] * gradient.strides[0]);
-      scatter(&at_label, place, class_space(1), 0, 1);
-    }
+    if (rows.label[i] >= 0) scatter(&at_label, gradient, space, rows.label[i], 1);
   }
 
   // The label's own gradient, where the two terms meet before anything is rounded.
@@ -499,17 +546,16 @@ struct ClassWise {
     return gradient * options.scale;
   }
 
-  void find_largest(const Operand& logits, const Operand& target, RowBuffers<Real>& rows, int i) {
+  void find_largest(const Operand& input, const Operand& target, RowBuffers<Real>& rows, int i) {
     Largest<Real> best, best_target;
-    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-      int count = static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock);
-      gather(logits, space, c, count, buffers.slope);
+    for_each_block([&](int64_t c, int count) {
+      gather(input, space, c, count, buffers.slope);
       if (options.transforms) options.transform(buffers.slope, nullptr, count);
       for (int k = 0; k < count; ++k) best.offer(buffers.slope[k], c + k);
-      if (!a.has_probabilities) continue;
+      if (!a.has_probabilities) return;
       gather(target, space, c, count, buffers.slope);
       for (int k = 0; k < count; ++k) best_target.offer(buffers.slope[k], c + k);
-    }
+    });
     rows.prediction[i] = best.index;
     rows.best_target[i] = best_target.index;
   }
@@ -517,16 +563,12 @@ struct ClassWise {
   void clear(int64_t row) {
     const Operand gradient = classes_of(a.gradient, a.rows, row);
     for (int k = 0; k < kClassBlock && k < a.classes; ++k) buffers.kept[k] = 0;
-    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-      int count = static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock);
-      scatter(buffers.kept, gradient, space, c, count);
-    }
+    for_each_block([&](int64_t c, int count) { scatter(buffers.kept, gradient, space, c, count); });
   }
 };
 
 template <class T, Terms kTerms, Precision kPrecision>
-double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                  BadLabel* bad) {
+double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
   using Real = RealOf<T>;
   RowBuffers<Real> rows;
   typename ClassWise<T, kTerms, kPrecision>::Buffers buffers;
@@ -535,7 +577,7 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
   Sum sum;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
-    load_rows(a, at, count, scale, rows, bad);
+    load_rows(a, at, count, scale, rows);
     if (a.is_backward && a.lse) gather(a.lse, a.rows, at, count, rows.lse);
     if (a.is_backward && a.entropy) gather(a.entropy, a.rows, at, count, rows.entropy);
     for (int i = 0; i < count; ++i) {
@@ -776,8 +818,7 @@ struct RowWise {
 };
 
 template <class Real, Terms kTerms, Precision kPrecision>
-double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                BadLabel* bad) {
+double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
   using Loop = RowWise<Real, kTerms, kPrecision>;
   RowBuffers<Real> rows;
   typename Loop::Buffers buffers;
@@ -789,73 +830,90 @@ double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double 
   Sum sum;
   for (int64_t at = begin; at < end; at += step) {
     int count = static_cast<int>(end - at < step ? end - at : step);
-    load_rows(a, at, count, scale, rows, bad);
+    load_rows(a, at, count, scale, rows);
     loop.run(at, count);
     sum.add(finish_rows(a, at, count, rows));
   }
   return sum.total();
 }
 
-// Whether ClassWise can use logits and gradient where they lie.
-template <class T>
-bool lies_in_rows(const SoftmaxCeArguments& a) {
-  const ClassOperand* operands[] = {&a.input, &a.gradient};
-  IndexSpace space = class_space(a.classes);
-  for (const ClassOperand* operand : operands) {
-    if (!*operand) continue;
-    Operand classes;
-    classes.dtype = operand->dtype;
-    classes.strides[0] = operand->class_stride;
-    if (!lies_flat<T>(classes, space)) return false;
-  }
-  const Options<RealOf<T>> options(a);
-  return !options.transforms && !options.has_coefficients && !options.has_entropy;
-}
+using Chunk = double (*)(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale);
 
-template <Precision kPrecision>
-double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                        BadLabel* bad) {
-  auto chunk = lies_in_rows<float>(a)      ? class_wise<float, Terms::kPlain, kPrecision>
-               : lies_in_rows<BFloat16>(a) ? class_wise<BFloat16, Terms::kPlain, kPrecision>
-               : lies_in_rows<Float16>(a)  ? class_wise<Float16, Terms::kPlain, kPrecision>
-                                           : class_wise<float, Terms::kAll, kPrecision>;
-  return chunk(a, begin, end, scale, bad);
-}
-
-double softmax_ce_chunk_any(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                            BadLabel* bad) {
-  // Neighbouring rows are neighbours in memory.
+// Whether a vector is to hold rows: of a few classes, or where neighbouring rows are neighbours in
+// memory.
+inline bool holds_rows(const SoftmaxCeArguments& a) {
   bool in_columns =
       a.input.class_stride != 1 && a.input.strides[0] == 1 && a.rows.sizes[0] >= kLanes;
-  if (a.classes < kManyClasses || in_columns) {
-    const Options<float> options(a);
-    bool plain = !options.has_coefficients && !options.has_entropy;
-    auto chunk = a.in_double        ? row_wise<double, Terms::kAll, Precision::kFull>
-                 : !plain           ? row_wise<float, Terms::kAll, Precision::kFull>
-                 : a.half_precision ? row_wise<float, Terms::kPlain, Precision::kHalf>
-                                    : row_wise<float, Terms::kPlain, Precision::kFull>;
-    return chunk(a, begin, end, scale, bad);
-  }
-  auto chunk = a.in_double        ? class_wise<double, Terms::kAll, Precision::kFull>
-               : a.half_precision ? softmax_ce_chunk<Precision::kHalf>
-                                  : softmax_ce_chunk<Precision::kFull>;
-  return chunk(a, begin, end, scale, bad);
+  return a.classes < kManyClasses || in_columns;
 }
 
-double softmax_ce_weights(const SoftmaxCeArguments& a, int64_t begin, int64_t end) {
+template <class T, Precision kPrecision>
+Chunk class_wise_of(bool has_coefficients) {
+  return has_coefficients ? class_wise<T, Terms::kCoefficients, kPrecision>
+                          : class_wise<T, Terms::kPlain, kPrecision>;
+}
+template <Precision kPrecision>
+Chunk chunk_of(const SoftmaxCeArguments& a) {
+  const Options<float> options(a);
+  if (holds_rows(a)) {
+    bool plain = !options.has_coefficients && !options.has_entropy;
+    return plain ? row_wise<float, Terms::kPlain, kPrecision>
+                 : row_wise<float, Terms::kAll, Precision::kFull>;
+  }
+  if (options.has_entropy) return class_wise<float, Terms::kAll, kPrecision>;
+  if (options.transforms) return class_wise_of<float, kPrecision>(options.has_coefficients);
+  return lies_in_rows<BFloat16>(a)  ? class_wise_of<BFloat16, kPrecision>(options.has_coefficients)
+         : lies_in_rows<Float16>(a) ? class_wise_of<Float16, kPrecision>(options.has_coefficients)
+                                    : class_wise_of<float, kPrecision>(options.has_coefficients);
+}
+
+double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
+  auto chunk = a.in_double ? (holds_rows(a) ? row_wise<double, Terms::kAll, Precision::kFull>
+                                            : class_wise<double, Terms::kAll, Precision::kFull>)
+               : a.half_precision ? chunk_of<Precision::kHalf>(a)
+                                  : chunk_of<Precision::kFull>(a);
+  return chunk(a, begin, end, scale);
+}
+
+Labels softmax_ce_labels(const SoftmaxCeArguments& a, int64_t begin, int64_t end) {
   int64_t labels[kRowsAtOnce];
+  double weights[kRowsAtOnce];
+  const auto classes = static_cast<uint64_t>(a.classes);
+  Labels found;
   Sum sum;
-  int64_t kept = 0;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
     gather(a.target, a.rows, at, count, labels);
-    for (int i = 0; i < count; ++i) kept += labels[i] != a.ignore_index;
-    for (int i = 0; a.weight && i < count; ++i) {
-      if (labels[i] == a.ignore_index || labels[i] < 0 || labels[i] >= a.classes) continue;
-      sum.add(class_weight<double>(a, labels[i]));
+    int64_t kept = 0, bad = 0;
+    for (int i = 0; i < count; ++i) {
+      bool is_kept = labels[i] != a.ignore_index;
+      kept += is_kept;
+      bad += is_kept && static_cast<uint64_t>(labels[i]) >= classes;
     }
+    for (int i = 0; bad > 0; ++i) {
+      if (labels[i] == a.ignore_index || static_cast<uint64_t>(labels[i]) < classes) continue;
+      found.has_bad = true;
+      found.bad = labels[i];
+      return found;
+    }
+    if (!a.weight) {
+      sum.add(static_cast<double>(kept));
+      continue;
+    }
+    with_type(a.weight.dtype, [&](auto type) {
+      const auto* weight = static_cast<const decltype(type)*>(a.weight.data);
+      for (int i = 0; i < count; ++i) {
+        bool is_kept = labels[i] != a.ignore_index;
+        weights[i] = is_kept ? to_real<double>(weight[labels[i] * a.weight.class_stride]) : 0;
+      }
+    });
+    constexpr int kSums = 8;
+    double sums[kSums] = {};
+    for (int i = 0; i < count; ++i) sums[i % kSums] += weights[i];
+    for (double part : sums) sum.add(part);
   }
-  return a.weight ? sum.total() : static_cast<double>(kept);
+  found.weights = sum.total();
+  return found;
 }
 
 }  // namespace
