@@ -514,8 +514,8 @@ def test_labels_out_of_range(name: str, device: str) -> None:
     cross_entropy(x.to(device), t.to(device) * 0, ignore_index=0)
 
 
-# The wrong label is the last: of one block of rows, of rows that share a vector, of several threads'
-# work, and of rows that are taken one by one.
+# The wrong label is the last: of one block of rows, of rows that share a vector, of the work of
+# several threads, and of rows that are taken one by one.
 @pytest.mark.parametrize("shape", [(4, 5), (2, 3, 600), (70000, 2), (300, 1000)], ids=str)
 def test_labels_out_of_range_leave_the_logits_alone(shape: tuple[int, ...], device: str) -> None:
     if device != "cpu":

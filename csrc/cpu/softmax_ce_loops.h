@@ -175,19 +175,31 @@ struct Options {
   Real scale, cap, smoothed, kept, z_loss;
   bool transforms, has_coefficients, has_entropy, finds_largest;
 
-  // Logits as the loss sees them; `slope` [count], if not null, becomes their derivative.
+  // Logits as the loss sees them; `slope`, if not null, becomes their derivative.
   void transform(Real* logits, Real* slope, int count) const {  // [count]
-    for (int i = 0; i < count; ++i) {
-      Real x = logits[i] * scale;
-      if (cap != 0) {
-        Real t = math::tanh(x / cap);
-        logits[i] = cap * t;
-        if (slope != nullptr) slope[i] = scale * (1 - t * t);
-      } else {
-        logits[i] = x;
-        if (slope != nullptr) slope[i] = scale;
-      }
+    using V = typename Computing<Real>::Vector;
+    constexpr int kWidth = Computing<Real>::kStep / 2;
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+      V x = load(logits + i), derivative = transform(x);
+      store(logits + i, x);
+      if (slope != nullptr) store(slope + i, derivative);
     }
+    for (; i < count; ++i) {
+      Real derivative = transform(logits[i]);
+      if (slope != nullptr) slope[i] = derivative;
+    }
+  }
+
+ private:
+  // Returns the derivative.
+  template <class V>
+  V transform(V& x) const {
+    x = x * scale;
+    if (cap == 0) return V{} + scale;
+    V t = math::tanh(x / cap);
+    x = cap * t;
+    return scale * (1 - t * t);
   }
 };
 
@@ -275,18 +287,22 @@ auto block_max(const T* x, int count) {  // [count]
   return most;
 }
 
-// The coefficients of a block of classes: `factor` times each's, or the same for all.
-template <class Real>
+// The coefficients of a block of classes: `factor` times what is stored for each, or for all alike.
+template <class T>
 struct Coefficients {
+  using Real = RealOf<T>;
+  const T* own;      // [count] or null: in the logits' type
   const Real* each;  // [count] or null
   Real factor;       // 0 where there are none
 
-  template <class T>
   FUSED_CE_HOST_DEVICE auto two(int i) const {
     using V = typename Computing<Real>::Vector;
+    if (own != nullptr) return load_two<T>(own + i);
     return each != nullptr ? load_two<T>(each + i) : Two<V>{V{} + Real{1}, V{} + Real{1}};
   }
-  FUSED_CE_HOST_DEVICE Real one(int i) const { return each != nullptr ? each[i] : Real{1}; }
+  FUSED_CE_HOST_DEVICE Real one(int i) const {
+    return own != nullptr ? to_real<Real>(own[i]) : each != nullptr ? each[i] : Real{1};
+  }
 };
 
 // Asks for the memory of a step's elements, which need not exist.
@@ -302,7 +318,7 @@ FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
 // is what will be read next: memory works while the exponentials are computed.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,  // [count]
-                                          Coefficients<Real> coefficients,
+                                          Coefficients<T> coefficients,
                                           Real* kept,  // [count] or null
                                           int count, SoftmaxSums<double>& sums,
                                           const T* ahead) {  // [count]
@@ -322,7 +338,7 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
       prefetch_step(ahead + i);
       Two<V> l = load_two<T>(x + i);
       Two<V> b{};
-      if constexpr (kWeighted) b = coefficients.template two<T>(i);
+      if constexpr (kWeighted) b = coefficients.two(i);
       Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
                add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
       if (kept != nullptr) store_two(kept + i, e);
@@ -349,7 +365,7 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
 // The gradient of a block, from its logits, or from kept exponentials where `kept` is not null.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_gradient(const T* x,  // [count]
-                                              Coefficients<Real> coefficients,
+                                              Coefficients<T> coefficients,
                                               const Real* kept,  // [count] or null
                                               int count, Real reference,
                                               const SoftmaxGradient<Real>& factors,
@@ -365,7 +381,7 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
   int i = 0;
   for (; i + kStep <= count; i += kStep) {
     Two<V> b{}, below{}, e;
-    if constexpr (kWeighted) b = coefficients.template two<T>(i);
+    if constexpr (kWeighted) b = coefficients.two(i);
     if (!kEntropy && kept != nullptr) {
       e = load_two<Real>(kept + i);
     } else {
@@ -429,13 +445,6 @@ struct ClassWise {
     }
   }
 
-  // The operand's values for `count` classes from c on: where they lie, or in the buffer.
-  const Real* values(const Operand& operand, int64_t c, int count, Real* buffer) {  // [count]
-    if (lies_flat<Real>(operand, space)) return static_cast<const Real*>(operand.data) + c;
-    gather(operand, space, c, count, buffer);
-    return buffer;
-  }
-
   const T* logits(const Operand& row, int64_t c, int count) {
     if constexpr (kMayBuffer) {
       if (!is_direct) {
@@ -447,23 +456,32 @@ struct ClassWise {
     return static_cast<const T*>(row.data) + c;
   }
 
-  Coefficients<Real> coefficients(const Operand& target, int64_t c, int count) {
-    if (kTerms == Terms::kPlain || !options.has_coefficients) return {nullptr, 0};
-    const Real* weight = nullptr;
-    if (a.weight) {
-      Operand classes = a.weight;
-      classes.strides[0] = a.weight.class_stride;
-      weight = values(classes, c, count, buffers.weight);
+  Coefficients<T> coefficients(const Operand& target, int64_t c, int count) {
+    if (kTerms == Terms::kPlain || !options.has_coefficients) return {nullptr, nullptr, 0};
+    const Real smoothed = options.smoothed;
+    Operand weight = a.weight;
+    weight.strides[0] = a.weight.class_stride;
+    auto own = [&](const Operand& operand, Real factor) {
+      return Coefficients<T>{static_cast<const T*>(operand.data) + c, nullptr, factor};
+    };
+    if (!a.has_probabilities) {
+      if (!a.weight) return {nullptr, nullptr, smoothed};
+      if (lies_flat<T>(weight, space)) return own(weight, smoothed);
+    } else if (!a.weight && a.label_smoothing == 0 && lies_flat<T>(target, space)) {
+      return own(target, 1);
     }
-    if (!a.has_probabilities) return {weight, options.smoothed};
-    const Real* probability = values(target, c, count, buffers.coefficients);
-    if (!a.weight && a.label_smoothing == 0) return {probability, 1};
     Real* b = buffers.coefficients;
-    for (int i = 0; i < count; ++i) {
-      b[i] = math::multiply_add(probability[i], options.kept, options.smoothed);
-      if (weight != nullptr) b[i] *= weight[i];
+    if (a.has_probabilities) {
+      gather(target, space, c, count, b);
+    } else {
+      for (int i = 0; i < count; ++i) b[i] = 0;
     }
-    return {b, 1};
+    for (int i = 0; i < count; ++i) b[i] = math::multiply_add(b[i], options.kept, smoothed);
+    if (a.weight) {
+      gather(weight, space, c, count, buffers.weight);
+      for (int i = 0; i < count; ++i) b[i] *= buffers.weight[i];
+    }
+    return {nullptr, b, 1};
   }
 
   void row(int64_t row, int i, RowBuffers<Real>& rows) {
