@@ -2,7 +2,8 @@
 // many, a vector holds neighbouring classes of one row (`ClassWise`); else it holds one class of
 // neighbouring rows (`RowWise`). Both take the classes in blocks that stay in the first-level
 // cache: one pass over memory for the sums, whose reference moves up as larger logits come, and for
-// the gradient a second one, or none if the exponentials of all classes have been kept.
+// the gradient a second one, or none if the exponentials of all classes have been kept. Both ask
+// for what comes next before they compute, so that memory does not wait for the arithmetic.
 #pragma once
 
 #include "../softmax_ce.h"
@@ -14,16 +15,17 @@ namespace {
 constexpr int kRowsAtOnce = 512;
 constexpr int kClassBlock = 4096;
 constexpr int kRowBlock = 16384;
-constexpr int kClassesPerSum = 16;
+constexpr int kClassesPerSum = 4;
 // From so many classes on, a vector holds classes.
 constexpr int64_t kManyClasses = 64;
 
 // What is read and written once a row, for up to kRowsAtOnce of them.
 template <class Real>
 struct RowBuffers {
-  int64_t label[kRowsAtOnce];  // -1 where there is none
-  bool kept[kRowsAtOnce];
-  alignas(64) Real label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
+  int ignored;                         // how many rows are
+  int64_t label[kRowsAtOnce];          // -1 where there is none
+  alignas(64) Real kept[kRowsAtOnce],  // 0 where the row is ignored, else 1
+      label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
       grad_lse[kRowsAtOnce], grad_entropy[kRowsAtOnce],
       label_logit[kRowsAtOnce], loss[kRowsAtOnce], lse[kRowsAtOnce], entropy[kRowsAtOnce];
   int64_t prediction[kRowsAtOnce];
@@ -56,6 +58,21 @@ Real class_weight(const SoftmaxCeArguments& a, int64_t c) {
   return weight;
 }
 
+// The weights of the labels; 0 where a label is negative.
+template <class Real>
+void label_weights(const SoftmaxCeArguments& a, const int64_t* labels, int count,  // [count]
+                   Real* weights) {                                                // [count]
+  with_type(a.weight.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* of_classes = static_cast<const T*>(a.weight.data);
+    for (int i = 0; i < count; ++i) {
+      int64_t label = labels[i] < 0 ? 0 : labels[i];
+      Real weight = to_real<Real>(of_classes[label * a.weight.class_stride]);
+      weights[i] = labels[i] < 0 ? 0 : weight;
+    }
+  });
+}
+
 template <class Real>
 void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double scale,
                RowBuffers<Real>& rows) {
@@ -70,39 +87,41 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
   read(a.grad_loss, rows.grad_loss, a.is_backward ? 0 : 1);
   read(a.grad_lse, rows.grad_lse, 0);
   read(a.grad_entropy, rows.grad_entropy, 0);
+  rows.ignored = 0;
   if (a.has_probabilities) {
     for (int i = 0; i < count; ++i) {
       rows.label[i] = -1;
-      rows.kept[i] = true;
+      rows.kept[i] = 1;
       rows.label_weight[i] = 0;
     }
   } else {
     gather(a.target, a.rows, begin, count, rows.label);
     const Real share = static_cast<Real>(1 - a.label_smoothing);
+    int64_t ignored = 0;
+    for (int i = 0; i < count; ++i) ignored += rows.label[i] == a.ignore_index;
+    rows.ignored = static_cast<int>(ignored);
     for (int i = 0; i < count; ++i) {
       bool kept = rows.label[i] != a.ignore_index;
-      rows.kept[i] = kept;
+      rows.kept[i] = kept ? 1 : 0;
       rows.label_weight[i] = kept ? share : 0;
       rows.label[i] = kept ? rows.label[i] : -1;
     }
-    if (a.weight) {
-      for (int i = 0; i < count; ++i) {
-        if (rows.label[i] >= 0) rows.label_weight[i] *= class_weight<Real>(a, rows.label[i]);
-      }
+    if (a.weight && a.classes > 0) {
+      label_weights(a, rows.label, count, rows.label_weight);
+      for (int i = 0; i < count; ++i) rows.label_weight[i] *= share;
     }
   }
   const Real factor = static_cast<Real>(scale);
   for (int i = 0; i < count; ++i) {
     Real upstream = rows.grad_loss[i] * rows.sample_weight[i] * factor;
-    rows.grad_loss[i] = rows.kept[i] ? upstream : 0;
+    rows.grad_loss[i] = rows.kept[i] != 0 ? upstream : 0;
     rows.label_logit[i] = 0;
   }
 }
 
-// Whether a row's logits count for nothing that is wanted.
-template <class Real>
-bool is_dead(const SoftmaxCeArguments& a, const RowBuffers<Real>& rows, int i) {
-  return !rows.kept[i] && !a.has_stats() && !a.grad_lse && !a.grad_entropy;
+// Whether an ignored row's logits count for nothing that is wanted.
+inline bool skips_ignored(const SoftmaxCeArguments& a) {
+  return !a.has_stats() && !a.grad_lse && !a.grad_entropy;
 }
 
 template <class T, class From>
@@ -119,7 +138,7 @@ double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuf
   if (a.is_backward) return 0;
   for (int i = 0; i < count; ++i) {
     Real loss = rows.loss[i] * rows.sample_weight[i];
-    rows.loss[i] = rows.kept[i] ? loss : 0;
+    rows.loss[i] = rows.kept[i] != 0 ? loss : 0;
   }
   typename Computing<Real>::Total sum;
   constexpr int kWidth = Computing<Real>::kStep / 2;
@@ -138,24 +157,25 @@ double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuf
     bool correct[kRowsAtOnce];
     for (int i = 0; i < count; ++i) {
       int64_t right = a.has_probabilities ? rows.best_target[i] : rows.label[i];
-      correct[i] = rows.kept[i] && rows.prediction[i] == right;
+      correct[i] = rows.kept[i] != 0 && rows.prediction[i] == right;
     }
     store_rows<bool>(a.correct, a.rows, begin, count, correct);
   }
   return sum.total();
 }
 
-// The first of the largest values seen; a NaN is larger than all.
+// The first of the largest values seen; a NaN is larger than all. {} has seen none.
 template <class Real>
 struct Largest {
-  Real value = 0;
-  int64_t index = -1;
+  Real value;
+  int64_t seen;  // 1 + its index
   void offer(Real x, int64_t at) {
-    if (index < 0 || (x > value && value == value) || (x != x && value == value)) {
+    if (seen == 0 || (x > value && value == value) || (x != x && value == value)) {
       value = x;
-      index = at;
+      seen = at + 1;
     }
   }
+  int64_t index() const { return seen - 1; }
 };
 
 // What the loops need to know of the arguments, in their own type.
@@ -304,6 +324,14 @@ struct Coefficients {
     return own != nullptr ? to_real<Real>(own[i]) : each != nullptr ? each[i] : Real{1};
   }
 };
+
+inline int64_t bytes_of(const Operand& operand, int64_t count) {
+  return static_cast<char*>(address_of(operand, count)) - static_cast<char*>(operand.data);
+}
+template <class T>
+void prefetch(const T* from, int count) {  // [count]
+  for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(from + i);
+}
 
 // Asks for the memory of a step's elements, which need not exist.
 template <class T>
@@ -565,7 +593,7 @@ struct ClassWise {
   }
 
   void find_largest(const Operand& input, const Operand& target, RowBuffers<Real>& rows, int i) {
-    Largest<Real> best, best_target;
+    Largest<Real> best{}, best_target{};
     for_each_block([&](int64_t c, int count) {
       gather(input, space, c, count, buffers.slope);
       if (options.transforms) options.transform(buffers.slope, nullptr, count);
@@ -574,8 +602,8 @@ struct ClassWise {
       gather(target, space, c, count, buffers.slope);
       for (int k = 0; k < count; ++k) best_target.offer(buffers.slope[k], c + k);
     });
-    rows.prediction[i] = best.index;
-    rows.best_target[i] = best_target.index;
+    rows.prediction[i] = best.index();
+    rows.best_target[i] = best_target.index();
   }
 
   void clear(int64_t row) {
@@ -599,7 +627,7 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
     if (a.is_backward && a.lse) gather(a.lse, a.rows, at, count, rows.lse);
     if (a.is_backward && a.entropy) gather(a.entropy, a.rows, at, count, rows.entropy);
     for (int i = 0; i < count; ++i) {
-      if (!is_dead(a, rows, i)) {
+      if (rows.kept[i] != 0 || !skips_ignored(a)) {
         loop.row(at + i, i, rows);
       } else if (a.gradient) {
         loop.clear(at + i);
@@ -637,8 +665,10 @@ struct RowWise {
   };
 
   struct Buffers {
-    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][rows]
-    alignas(64) Real coefficients[kRowsAtOnce];
+    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][stride]
+    alignas(64) Real coefficients[kRowsAtOnce], label[kRowsAtOnce];
+    Real class_coefficients[kRowBlock];  // [classes of a block]: where all rows have the same
+    int32_t place[kRowsAtOnce];
     Sums sums, part;
     alignas(64) Real factor[4][kRowsAtOnce];
     Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
@@ -648,29 +678,141 @@ struct RowWise {
   const Options<Real>& options;
   Buffers& b;
   RowBuffers<Real>& rows;
+  // The rows of the moment, and how many elements of a buffer they take: whole vectors, an odd
+  // number of them, so that the classes of a row do not all compete for one place in the cache.
+  int64_t begin = 0;
+  int count = 0, padded = 0, stride = 0;
+  bool has_dead = false;
+  // Whether there are coefficients, the same for all rows, and other ones.
+  const bool smooths = kAll && options.has_coefficients && !a.has_probabilities;
+  const bool weighs = kAll && a.has_probabilities;
+  // A fresh gradient that no cache holds: its memory need not be read before it is written.
+  const bool streams = a.gradient && a.gradient.data != a.input.data &&
+                       bytes_of(a.gradient, a.rows.numel* a.classes) >= int64_t{1} << 26;
+
+  // What is prefetched lies this many classes ahead: fewer than the first-level cache has ways,
+  // since the classes' memory is often a power of two apart.
+  static constexpr int kClassesAhead = 8;
 
   static Operand class_at(const ClassOperand& operand, int64_t c) {
     Operand one = operand;
     one.data = address_of(operand, c * operand.class_stride);
     return one;
   }
-  void fill(int64_t begin, int count, int stride, int64_t c, int classes, bool slopes) {
-    for (int k = 0; k < classes; ++k) {
-      Real* to = b.logits + k * stride;
-      gather(class_at(a.input, c + k), a.rows, begin, count, to);
-      for (int i = count; i < stride; ++i) to[i] = 0;
-      if (options.transforms) {
-        options.transform(to, slopes ? b.slope + k * stride : nullptr, count);
+  // Calls f with a value of the dtype's C++ type, if that is computed in Real. Returns whether.
+  template <class F>
+  static bool with_own_type(Dtype dtype, F f) {
+    bool is_own = false;
+    with_float_type(dtype, [&](auto type) {
+      if constexpr (std::is_same_v<RealOf<decltype(type)>, Real>) {
+        f(type);
+        is_own = true;
+      }
+    });
+    return is_own;
+  }
+
+  // The first row's value for class c, if the rows lie `stride` apart; else null.
+  char* strided(const ClassOperand& operand, int64_t c, int64_t row_stride) const {
+    if (operand.strides[0] != row_stride) return nullptr;
+    if (a.rows.rank > 1 && begin % a.rows.sizes[0] + count > a.rows.sizes[0]) return nullptr;
+    int64_t offset = offset_of(operand, a.rows, begin) + c * operand.class_stride;
+    return static_cast<char*>(address_of(operand, offset));
+  }
+  // The same if the rows' values for a class lie one behind another.
+  char* dense(const ClassOperand& operand, int64_t c) const { return strided(operand, c, 1); }
+  // The first row's classes, if all rows' classes lie one behind another, in squares worth turning.
+  char* in_rows(const ClassOperand& operand) const {
+    bool wanted = a.classes > 1 && operand.class_stride == 1 && 4 * a.classes > kWidth &&
+                  with_own_type(operand.dtype, [](auto) {});
+    return wanted ? strided(operand, 0, a.classes) : nullptr;
+  }
+  // Calls tile(row, class) for squares of kWidth rows and classes, which cover the leading rows,
+  // and returns how many these are. With fewer classes, squares reach into the rows that follow.
+  template <class F>
+  int for_each_square(int classes, F tile) const {
+    int beyond = classes < kWidth ? (kWidth + classes - 1) / classes : 0;
+    int row = 0;
+    for (; row + kWidth + beyond <= count; row += kWidth) {
+      for (int k = 0; k < classes; k += kWidth) {
+        tile(row, classes < kWidth || k + kWidth <= classes ? k : classes - kWidth);
+      }
+    }
+    return row;
+  }
+  template <class T>
+  void turn_in(const T* from, int classes) {  // [count][classes]
+    int row = for_each_square(classes, [&](int i, int k) {
+      V square[kWidth];
+      for (int j = 0; j < kWidth; ++j) square[j] = load(from + int64_t{i + j} * classes + k);
+      transpose(square);
+      int columns = classes < kWidth ? classes : kWidth;
+      for (int j = 0; j < columns; ++j) store(b.logits + (k + j) * stride + i, square[j]);
+    });
+    for (int i = row; i < count; ++i) {
+      for (int k = 0; k < classes; ++k) {
+        b.logits[k * stride + i] = to_real<Real>(from[i * classes + k]);
       }
     }
   }
-  void fill_coefficients(int64_t begin, int count, int stride, int64_t c) {
+  template <class T>
+  void turn_out(T* to, int classes) const {  // [count][classes]
+    int row = for_each_square(classes, [&](int i, int k) {
+      V square[kWidth];
+      int columns = classes < kWidth ? classes : kWidth;
+      for (int j = 0; j < columns; ++j) square[j] = load(b.logits + (k + j) * stride + i);
+      for (int j = columns; j < kWidth; ++j) square[j] = V{};
+      transpose(square);
+      for (int j = 0; j < kWidth; ++j) store(to + int64_t{i + j} * classes + k, square[j]);
+    });
+    for (int i = row; i < count; ++i) {
+      for (int k = 0; k < classes; ++k) {
+        to[i * classes + k] = from_real<T>(b.logits[k * stride + i]);
+      }
+    }
+  }
+
+  void fill(int64_t c, int classes) {
+    const char* from = dense(a.input, c);
+    const char* turned = classes == a.classes ? in_rows(a.input) : nullptr;
+    if (turned != nullptr) {
+      with_own_type(a.input.dtype, [&](auto type) {
+        turn_in(reinterpret_cast<const decltype(type)*>(turned), classes);
+      });
+    } else if (from == nullptr) {
+      for (int k = 0; k < classes; ++k) {
+        gather(class_at(a.input, c + k), a.rows, begin, count, b.logits + k * stride);
+      }
+    } else {
+      with_float_type(a.input.dtype, [&](auto type) {
+        using T = decltype(type);
+        const T* run = reinterpret_cast<const T*>(from);
+        for (int k = 0; k < classes; ++k, run += a.input.class_stride) {
+          if (k + kClassesAhead < classes) {
+            prefetch(run + kClassesAhead * a.input.class_stride, count);
+          }
+          load_run(run, count, b.logits + k * stride);
+        }
+      });
+    }
+    for (int k = 0; k < classes; ++k) {
+      Real* to = b.logits + k * stride;
+      for (int i = count; i < padded; ++i) to[i] = 0;
+      if (options.transforms) options.transform(to, b.slope + k * stride, padded);
+    }
+    const auto most = static_cast<uint64_t>(classes);
+    for (int i = 0; i < padded; ++i) {
+      int64_t k = rows.label[i] - c;
+      b.place[i] = static_cast<uint64_t>(k) < most ? static_cast<int32_t>(k) : -1;
+    }
+    for (int i = 0; i < padded; ++i) b.label[i] = static_cast<Real>(b.place[i]);
+    for (int k = 0; smooths && k < classes; ++k) {
+      b.class_coefficients[k] = options.smoothed * class_weight<Real>(a, c + k);
+    }
+  }
+  void fill_coefficients(int64_t c) {
     Real weight = class_weight<Real>(a, c);
     Real* to = b.coefficients;
-    if (!a.has_probabilities) {
-      for (int i = 0; i < stride; ++i) to[i] = options.smoothed * weight;
-      return;
-    }
     gather(class_at(a.target, c), a.rows, begin, count, to);
     if (options.finds_largest) {
       for (int i = 0; i < count; ++i) b.best_target[i].offer(to[i], c);
@@ -678,48 +820,55 @@ struct RowWise {
     for (int i = 0; i < count; ++i) {
       to[i] = math::multiply_add(to[i], options.kept, options.smoothed) * weight;
     }
-    for (int i = count; i < stride; ++i) to[i] = 0;
+    for (int i = count; i < padded; ++i) to[i] = 0;
   }
 
-  // One block of classes: `kept` where the exponentials take the logits' place.
-  void add(int64_t begin, int count, int stride, int64_t c, int classes, bool keeps) {
-    for (int i = 0; i < count; ++i) {
-      int64_t k = rows.label[i] - c;
-      if (k >= 0 && k < classes) rows.label_logit[i] = b.logits[k * stride + i];
-    }
+  // One block of classes: `keeps` where the exponentials take the logits' place.
+  void add(int64_t c, int classes, bool keeps) {
     if (options.finds_largest) {
       for (int k = 0; k < classes; ++k) {
         for (int i = 0; i < count; ++i) b.best[i].offer(b.logits[k * stride + i], c + k);
       }
     }
-    const bool coefficients = kAll && options.has_coefficients;
     const bool entropy = kAll && options.has_entropy;
-    for (int i = 0; i < stride; i += kWidth) {
+    // The next rows' first classes, while memory has nothing else to do.
+    const char* next = dense(a.input, 0);
+    const int64_t apart = bytes_of(a.input, a.input.class_stride), each = bytes_of(a.input, 1);
+    const int ahead = next == nullptr             ? 0
+                      : a.classes < kClassesAhead ? static_cast<int>(a.classes)
+                                                  : kClassesAhead;
+    for (int i = 0; i < padded; i += kWidth) {
+      for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
       SoftmaxSums<V> sums = b.sums.at(i);
-      V top = load(b.logits + i);
-      for (int k = 1; k < classes; ++k) {
-        top = math::Machine<V>::greater(load(b.logits + k * stride + i), top);
-      }
-      admit(sums, top, coefficients, entropy);
-      b.sums.put(i, sums);
-    }
-    // The terms of a few classes are added up by themselves: the rounding of long sums stays small.
-    for (int first = 0; first < classes; first += kClassesPerSum) {
-      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
-      if (coefficients) {
-        add_weighted(begin, count, stride, c, first, last, keeps);
+      const Real* at = b.logits + i;
+      V top = load(at);
+      for (int k = 1; k < classes; ++k) top = math::Machine<V>::greater(load(at + k * stride), top);
+      admit(sums, top, smooths || weighs, entropy);
+      if (weighs) {
+        b.sums.put(i, sums);
         continue;
       }
-      for (int i = 0; i < stride; i += kWidth) {
-        SoftmaxSums<V> sums = b.sums.at(i), part{};
-        V reference = finite_reference(sums.reference);
+      V label = load(b.label + i), label_logit = load(rows.label_logit + i);
+      V reference = finite_reference(sums.reference);
+      // The terms of a few classes are added up by themselves, to round less than in a long sum.
+      for (int first = 0; first < classes; first += kClassesPerSum) {
+        int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+        SoftmaxSums<V> part{};
         for (int k = first; k < last; ++k) {
-          Real* at = b.logits + k * stride + i;
-          V e = add_logit<kPrecision>(part, reference, load(at), V{}, false, entropy);
-          if (keeps) store(at, e);
+          V x = load(at + k * stride);
+          label_logit = label == V{} + static_cast<Real>(k) ? x : label_logit;
+          V coefficient = smooths ? V{} + b.class_coefficients[k] : V{};
+          V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
+          if (keeps) store(b.logits + k * stride + i, e);
         }
-        b.sums.put(i, sum_of(sums, part));
+        sums = sum_of(sums, part);
       }
+      store(rows.label_logit + i, label_logit);
+      b.sums.put(i, sums);
+    }
+    for (int first = 0; weighs && first < classes; first += kClassesPerSum) {
+      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+      add_weighted(c, first, last, keeps);
     }
   }
 
@@ -730,82 +879,112 @@ struct RowWise {
   }
 
   // Classes c + first .. c + last, whose coefficients are read one class at a time.
-  void add_weighted(int64_t begin, int count, int stride, int64_t c, int first, int last,
-                    bool keeps) {
-    for (int i = 0; i < stride; i += kWidth) b.part.put(i, SoftmaxSums<V>{});
+  void add_weighted(int64_t c, int first, int last, bool keeps) {
+    for (int i = 0; i < padded; i += kWidth) b.part.put(i, SoftmaxSums<V>{});
     for (int k = first; k < last; ++k) {
-      fill_coefficients(begin, count, stride, c + k);
-      for (int i = 0; i < stride; i += kWidth) {
+      fill_coefficients(c + k);
+      for (int i = 0; i < padded; i += kWidth) {
         SoftmaxSums<V> part = b.part.at(i);
         Real* at = b.logits + k * stride + i;
-        V e = add_logit<kPrecision>(part, finite_reference(load(b.sums.reference + i)), load(at),
+        V x = load(at), label_logit = load(rows.label_logit + i);
+        label_logit = load(b.label + i) == V{} + static_cast<Real>(k) ? x : label_logit;
+        store(rows.label_logit + i, label_logit);
+        V e = add_logit<kPrecision>(part, finite_reference(load(b.sums.reference + i)), x,
                                     load(b.coefficients + i), true, options.has_entropy);
         if (keeps) store(at, e);
         b.part.put(i, part);
       }
     }
-    for (int i = 0; i < stride; i += kWidth) {
+    for (int i = 0; i < padded; i += kWidth) {
       b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i)));
     }
   }
 
-  void write_gradient(int64_t begin, int count, int stride, int64_t c, int classes, bool kept) {
-    const bool coefficients = kAll && options.has_coefficients;
-    const bool entropy = kAll && options.has_entropy;
-    for (int k = 0; k < classes; ++k) {
-      if (coefficients) fill_coefficients(begin, count, stride, c + k);
-      Real* values = b.logits + k * stride;
-      for (int i = 0; i < stride; i += kWidth) {
-        SoftmaxGradient<V> factors{load(b.factor[0] + i), load(b.factor[1] + i),
-                                   load(b.factor[2] + i), load(b.factor[3] + i)};
-        V coefficient = coefficients ? load(b.coefficients + i) : V{};
-        V below{}, e = load(values + i);
-        if (!kept) {
-          below = finite_reference(load(b.sums.reference + i)) - e;
-          e = math::exp_negative<kPrecision>(below);
-        }
-        store(values + i,
-              gradient_of(factors, e, below, coefficient, coefficients, entropy && !kept));
+  // The gradient of class c + k, the block's k-th: calls put(i, values) for each vector of rows.
+  template <class Put>
+  void class_gradient(int k, bool kept, Put put) {
+    const bool entropy = kAll && options.has_entropy && !kept;
+    const V place = V{} + static_cast<Real>(k);
+    const V same = smooths ? V{} + b.class_coefficients[k] : V{};
+    for (int i = 0; i < padded; i += kWidth) {
+      SoftmaxGradient<V> factors{load(b.factor[0] + i), load(b.factor[1] + i),
+                                 load(b.factor[2] + i), load(b.factor[3] + i)};
+      V coefficient = weighs ? load(b.coefficients + i) : same;
+      V below{}, e = load(b.logits + k * stride + i);
+      if (!kept) {
+        below = finite_reference(load(b.sums.reference + i)) - e;
+        e = math::exp_negative<kPrecision>(below);
       }
-    }
-    for (int i = 0; i < count; ++i) {
-      int64_t k = rows.label[i] - c;
-      if (k >= 0 && k < classes) b.logits[k * stride + i] -= b.factor[3][i];
-      if (!is_dead(a, rows, i)) continue;
-      for (int j = 0; j < classes; ++j) b.logits[j * stride + i] = 0;
-    }
-    for (int k = 0; k < classes; ++k) {
-      Real* values = b.logits + k * stride;
-      if (options.transforms) {
-        for (int i = 0; i < count; ++i) {
-          values[i] = is_dead(a, rows, i) ? 0 : values[i] * b.slope[k * stride + i];
-        }
-      }
-      scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+      V gradient = gradient_of(factors, e, below, coefficient, smooths || weighs, entropy);
+      gradient = load(b.label + i) == place ? gradient - factors.label : gradient;
+      if (options.transforms) gradient *= load(b.slope + k * stride + i);
+      if (has_dead) gradient = load(rows.kept + i) == 0.0f ? V{} : gradient;
+      put(i, gradient);
     }
   }
 
-  void run(int64_t begin, int count) {
-    int stride = (count + kWidth - 1) / kWidth * kWidth;
+  // Puts the gradient of class c + k at `to`, where its rows are neighbours.
+  template <class T>
+  void put_gradient(int k, bool kept, T* to) {  // [count]
+    class_gradient(k, kept, [&](int i, V gradient) {
+      if (i + kWidth > count) {
+        Real* values = b.logits + k * stride + i;
+        store(values, gradient);
+        return store_run(values, count - i, to + i);
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (streams && reinterpret_cast<uintptr_t>(to + i) % sizeof(V) == 0) {
+          return stream(to + i, gradient);
+        }
+      }
+      store(to + i, gradient);
+    });
+  }
+
+  void write_gradient(int64_t c, int classes, bool kept) {
+    char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr;
+    for (int k = 0; k < classes; ++k) {
+      if (weighs) fill_coefficients(c + k);
+      Real* values = b.logits + k * stride;
+      char* to = dense(a.gradient, c + k);
+      bool written = to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
+                       put_gradient(k, kept, reinterpret_cast<decltype(type)*>(to));
+                     });
+      if (written) continue;
+      class_gradient(k, kept, [&](int i, V gradient) { store(values + i, gradient); });
+      if (turned == nullptr) scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+    }
+    if (turned == nullptr) return;
+    with_own_type(a.gradient.dtype,
+                  [&](auto type) { turn_out(reinterpret_cast<decltype(type)*>(turned), classes); });
+  }
+
+  void run(int64_t first_row, int row_count) {
+    begin = first_row;
+    count = row_count;
+    int vectors = (count + kWidth - 1) / kWidth;
+    padded = vectors * kWidth;
+    stride = (vectors | 1) * kWidth;
     int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
     bool single = a.classes <= block;
     bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
-    for (int i = 0; i < stride; ++i) {
-      b.sums.reference[i] = -static_cast<Real>(INFINITY);
-      b.sums.exponentials[i] = b.sums.coefficients[i] = b.sums.cost[i] = b.sums.entropy[i] = 0;
+    has_dead = rows.ignored > 0 && skips_ignored(a);
+    for (int i = 0; i < padded; i += kWidth) {
+      b.sums.put(i, {V{} - static_cast<Real>(INFINITY), V{}, V{}, V{}, V{}});
     }
     for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
-    for (int i = count; i < stride; ++i) {
+    for (int i = count; i < padded; ++i) {
       rows.label_weight[i] = rows.label_logit[i] = rows.grad_loss[i] = rows.grad_lse[i] =
           rows.grad_entropy[i] = 0;
+      rows.label[i] = -1;
     }
     for (int64_t c = 0; c < a.classes; c += block) {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
-      fill(begin, count, stride, c, classes, true);
-      add(begin, count, stride, c, classes, keeps);
+      fill(c, classes);
+      add(c, classes, keeps);
     }
     const V z_loss = V{} + options.z_loss;
-    for (int i = 0; i < stride; i += kWidth) {
+    for (int i = 0; i < padded; i += kWidth) {
       SoftmaxSums<V> sums = b.sums.at(i);
       sums.reference = finite_reference(sums.reference);
       V label_weight = load(rows.label_weight + i);
@@ -823,14 +1002,14 @@ struct RowWise {
       store(b.factor[3] + i, factors.label);
     }
     for (int i = 0; i < count && options.finds_largest; ++i) {
-      rows.prediction[i] = b.best[i].index;
-      rows.best_target[i] = b.best_target[i].index;
+      rows.prediction[i] = b.best[i].index();
+      rows.best_target[i] = b.best_target[i].index();
     }
     if (!a.gradient) return;
     for (int64_t c = 0; c < a.classes; c += block) {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
-      if (!single) fill(begin, count, stride, c, classes, true);
-      write_gradient(begin, count, stride, c, classes, keeps);
+      if (!single) fill(c, classes);
+      write_gradient(c, classes, keeps);
     }
   }
 };
@@ -843,7 +1022,8 @@ double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double 
   const Options<Real> options(a);
   Loop loop{a, options, buffers, rows};
   // As many rows as fit into the buffer with all their classes, but whole vectors of them.
-  int64_t step = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth * Loop::kWidth : kRowsAtOnce;
+  int64_t vectors = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth - 1 : kRowsAtOnce;
+  int64_t step = vectors * Loop::kWidth;
   step = step > kRowsAtOnce ? kRowsAtOnce : step < 4 * Loop::kWidth ? 4 * Loop::kWidth : step;
   Sum sum;
   for (int64_t at = begin; at < end; at += step) {
@@ -852,6 +1032,7 @@ double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double 
     loop.run(at, count);
     sum.add(finish_rows(a, at, count, rows));
   }
+  if (loop.streams) stream_end();
   return sum.total();
 }
 
@@ -918,16 +1099,15 @@ Labels softmax_ce_labels(const SoftmaxCeArguments& a, int64_t begin, int64_t end
       sum.add(static_cast<double>(kept));
       continue;
     }
-    with_type(a.weight.dtype, [&](auto type) {
-      const auto* weight = static_cast<const decltype(type)*>(a.weight.data);
-      for (int i = 0; i < count; ++i) {
-        bool is_kept = labels[i] != a.ignore_index;
-        weights[i] = is_kept ? to_real<double>(weight[labels[i] * a.weight.class_stride]) : 0;
-      }
-    });
+    if (a.classes == 0) continue;  // and all are ignored
+    for (int i = 0; i < count; ++i) labels[i] = labels[i] == a.ignore_index ? -1 : labels[i];
+    label_weights(a, labels, count, weights);
     constexpr int kSums = 8;
     double sums[kSums] = {};
-    for (int i = 0; i < count; ++i) sums[i % kSums] += weights[i];
+    for (int i = count; i % kSums != 0; ++i) weights[i] = 0;
+    for (int i = 0; i < count; i += kSums) {
+      for (int j = 0; j < kSums; ++j) sums[j] += weights[i + j];
+    }
     for (double part : sums) sum.add(part);
   }
   found.weights = sum.total();
