@@ -67,6 +67,7 @@ void define_math(py::module_ m) {
         [](Values y) { return map<V>([](V v) { return math::exp_negative<kHalf>(v); }, y); });
   m.def("log1p_unit_half",
         [](Values e) { return map<V>([](V v) { return math::log1p_unit<kHalf>(v); }, e); });
+  m.def("tanh", [](Values x) { return map<V>([](V v) { return math::tanh(v); }, x); });
   m.def("log", [](Values x) { return map<V>([](V v) { return math::log(v); }, x); });
   m.def("logits", [](Values x, Values negative, Values positive, Values scale) {
     auto f = [](V v, V a, V b, V s) { return BceLogits::evaluate<kFull>(v, a, b, a + b, s); };

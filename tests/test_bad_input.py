@@ -526,6 +526,25 @@ def test_labels_out_of_range(name: str, device: str) -> None:
     cross_entropy(x.to(device), t.to(device) * 0, ignore_index=0)
 
 
+# The wrong label is the last: of one block of rows, of rows that share a vector, of the work of
+# several threads, and of rows that are taken one by one.
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 600), (70000, 2), (300, 1000)], ids=str)
+def test_labels_out_of_range_leave_the_logits_alone(shape: tuple[int, ...], device: str) -> None:
+    if device != "cpu":
+        pytest.skip("CUDA knows of a wrong label only when it has come to its row")
+    x = torch.rand(shape)
+    t = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    t.view(-1)[-1] = shape[1]
+    for options in ({}, {"reduction": "sum"}, {"normalizer": 3.0}, {"label_smoothing": 0.1}):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        with pytest.raises(IndexError, match="out of bounds"):
+            cross_entropy(logits, t, inplace_backward=True, **options)
+        assert torch.equal(logits, x)
+        cross_entropy(logits, t * 0, inplace_backward=True, **options).backward()
+        assert leaf.grad.isfinite().all()
+
+
 def test_labels_out_of_range_spare_the_other_rows(device: str) -> None:
     if device == "cpu":
         pytest.skip("the CPU raises at once")

@@ -83,6 +83,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "exp": mpmath.exp,
     "log": mpmath.log,
     "log1p": mpmath.log1p,
+    "tanh": mpmath.tanh,
     "softplus": lambda x: mpmath.log1p(mpmath.exp(x)),
     "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
 }
@@ -129,6 +130,9 @@ EXP, EXP_SUBNORMAL = 1.25, 1.75
 LOG1P = 1.6
 # log: its fit 0.1 (5.9e-9), f^2 / 2 and the tail 0.4, two sums of 0.5.
 LOG = 1.5
+# tanh: up to 1 the polynomial's part is at most a third of the result, and so is 2 e / (1 + e)
+# above: its own error is below 3, a unit of the result in all; the last sum 0.5. libm's is 2 off.
+TANH, TANH_DOUBLE = 1.5, 2.5
 
 
 def test_exp_negative(bindings: Any, kind: str) -> None:
@@ -173,6 +177,18 @@ def test_log(bindings: Any, kind: str) -> None:
     special = m.log(np.array([0, -0.0, np.inf, -1, -np.inf, np.nan], dtype))
     assert special[:3].tolist() == [-np.inf, -np.inf, np.inf]
     assert np.isnan(special[3:]).all()
+
+
+def test_tanh(bindings: Any, kind: str) -> None:
+    m, dtype = getattr(bindings, kind), dtype_of(kind)
+    border = 1 + np.arange(-50, 50) * np.finfo(dtype).eps / 2  # of polynomial and exponential
+    x = np.concatenate([magnitudes(dtype, 100.0), border.astype(dtype)])
+    x = np.concatenate([-x, x])
+    units = TANH_DOUBLE if kind == "double" else TANH
+    assert_within(units, m.tanh(x), right("tanh", x), x)
+    special = m.tanh(np.array([np.inf, -np.inf, 1e30, np.nan], dtype))
+    assert special[:3].tolist() == [1, -1, 1]
+    assert np.isnan(special[3])
 
 
 def test_logits(bindings: Any, kind: str) -> None:

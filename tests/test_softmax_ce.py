@@ -138,7 +138,7 @@ def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, d
     check(x, t, device, upstream, reduction=reduction)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=dtype_id)
 @pytest.mark.parametrize(
     ("rows", "classes"),
     [
@@ -147,6 +147,7 @@ def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, d
         (67, 2),  # rows for whole vectors, and a tail
         (33, 3),
         (67, 10),
+        (150, 21),  # squares of rows and classes turned over, and what is left of both
         (3, 15),
         (3, 16),
         (3, 17),  # around a vector of AVX-512
@@ -190,6 +191,7 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 3, 4),
     (4, 1, 3),
+    (2, 21, 700),  # positions for more than a chunk, of which one reaches into the next image
 ]
 
 
@@ -1250,6 +1252,17 @@ def test_inplace_backward(dtype: torch.dtype, reduction: str, device: str) -> No
             loss.backward(torch.full(loss.shape, 0.5, dtype=loss.dtype).to(device))
             assert torch.equal(leaf.grad.cpu(), right.gradient)
             assert torch.equal(logits.detach().cpu(), right.gradient)  # the memory holds it
+
+
+def test_large_gradient(device: str) -> None:
+    """One that no cache holds is written past them, whether or not a class begins with a line."""
+    for positions in (2**20 * 6, 2**20 * 6 + 3):
+        x = torch.randn(1, 3, positions).to(device)
+        t = torch.randint(3, (1, positions)).to(device)
+        leaf, other = x.clone().requires_grad_(), x.requires_grad_()
+        cross_entropy(leaf, t).backward()
+        cross_entropy(other * 1, t, inplace_backward=True).backward()
+        assert torch.equal(leaf.grad, other.grad)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced"])

@@ -33,8 +33,8 @@ void scale_chunk_any(const Operand& values, const IndexSpace& space, int64_t beg
 extern const CpuBodies FUSED_CE_BODIES{FUSED_CE_NAME(FUSED_CE_CAPABILITY),
                                        bce_chunk_any,
                                        bce_count_kept,
-                                       softmax_ce_chunk_any,
-                                       softmax_ce_weights,
+                                       softmax_ce_labels,
+                                       softmax_ce_chunk,
                                        scale_chunk_any};
 
 }  // namespace fused_ce

@@ -30,9 +30,11 @@ struct Sum {
   }
 };
 
-struct BadLabel {
-  bool found = false;
-  int64_t label = 0;
+// The labels of some rows.
+struct Labels {
+  double weights = 0;    // of those that are not ignore_index, summed
+  bool has_bad = false;  // one is out of range
+  int64_t bad = 0;       // the first such
 };
 
 struct CpuBodies {
@@ -44,12 +46,12 @@ struct CpuBodies {
                       unsigned* out_of_range);
   // How many targets among begin .. end are not ignore_index.
   int64_t (*bce_count_kept)(const BceArguments& arguments, int64_t begin, int64_t end);
+  // The labels of rows begin .. end: these must be in range, or ignore_index, for softmax_ce_chunk.
+  Labels (*softmax_ce_labels)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end);
   // Loss, statistics and gradient of rows begin .. end. Returns the summed loss; `scale` multiplies
-  // each gradient. The first label out of range goes to *bad.
+  // each gradient.
   double (*softmax_ce_chunk)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end,
-                             double scale, BadLabel* bad);
-  // The summed weights of those labels among rows begin .. end that are not ignore_index.
-  double (*softmax_ce_weights)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end);
+                             double scale);
   // Multiplies elements begin .. end by `factor`.
   void (*scale_chunk)(const Operand& values, const IndexSpace& space, int64_t begin, int64_t end,
                       double factor);

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -26,45 +25,48 @@ void for_each_chunk(const SoftmaxCeArguments& a, int64_t rows, int64_t grain, F 
   });
 }
 
-double denominator_of(const SoftmaxCeArguments& a) {
-  if (a.normalizer) return load_scalar(a.normalizer);
-  if (a.has_denominator) return a.denominator;
-  if (a.has_probabilities) return static_cast<double>(a.rows.numel);
-  std::unique_ptr<double[]> sums(new double[a.rows.numel / kChunk + 1]);
+// The summed weights of the labels. Raises where one is out of range, in torch's own words, which
+// STD_TORCH_CHECK would put a source line before.
+double check_labels(const SoftmaxCeArguments& a) {
+  std::unique_ptr<Labels[]> labels(new Labels[a.rows.numel / kChunk + 1]);
   for_each_chunk(a, kChunk, kChunksPerThread, [&](int64_t chunk, int64_t begin, int64_t end) {
-    sums[chunk] = cpu_bodies().softmax_ce_weights(a, begin, end);
+    labels[chunk] = cpu_bodies().softmax_ce_labels(a, begin, end);
   });
   Sum sum;
-  for (int64_t i = 0; i * kChunk < a.rows.numel; ++i) sum.add(sums[i]);
-  return checked_weights(sum.total(), a.zero_on_empty);
+  for (int64_t i = 0; i * kChunk < a.rows.numel; ++i) {
+    if (labels[i].has_bad) {
+      throw std::runtime_error("Target " + std::to_string(labels[i].bad) + " is out of bounds.");
+    }
+    sum.add(labels[i].weights);
+  }
+  return sum.total();
 }
 
 void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
-  double denominator = a.reduction == Reduction::kMean ? denominator_of(a) : 1.0;
+  // First, so that nothing is written where a label is wrong: the gradient may lie over the logits.
+  double weights = a.has_probabilities ? static_cast<double>(a.rows.numel) : check_labels(a);
+  double denominator = a.reduction != Reduction::kMean ? 1.0
+                       : a.normalizer                  ? load_scalar(a.normalizer)
+                       : a.has_denominator             ? a.denominator
+                       : a.has_probabilities           ? weights
+                                                       : checked_weights(weights, a.zero_on_empty);
   double inverse = inverse_of(denominator, a.zero_on_empty);
   if (a.gradient && a.gradient.data != a.input.data && a.classes > 0) {
     int64_t last = last_offset(a.gradient, a.rows);
     use_huge_pages(a.gradient, last < 0 ? last : last + (a.classes - 1) * a.gradient.class_stride);
   }
 
+  // Rows of few classes go in groups, so that chunks where a class's rows are neighbours in memory
+  // keep to whole lines of it.
   int64_t rows = a.classes < kChunk ? kChunk / (a.classes > 0 ? a.classes : 1) : 1;
+  int64_t group = a.classes <= 64 ? 512 : rows >= 16 ? 16 : 1;
+  rows = rows > group ? rows / group * group : group;
   int64_t chunks = (a.rows.numel + rows - 1) / rows;
   std::unique_ptr<double[]> sums(new double[chunks]);
-  std::mutex mutex;
-  BadLabel bad;
   int64_t grain = a.classes < kChunk ? kChunksPerThread : 1;
   for_each_chunk(a, rows, grain, [&](int64_t chunk, int64_t begin, int64_t end) {
-    BadLabel found;
-    sums[chunk] = cpu_bodies().softmax_ce_chunk(a, begin, end, inverse, &found);
-    if (found.found) {
-      std::lock_guard lock(mutex);
-      bad = found;
-    }
+    sums[chunk] = cpu_bodies().softmax_ce_chunk(a, begin, end, inverse);
   });
-  // Torch's own words, which STD_TORCH_CHECK would put a source line before.
-  if (bad.found) {
-    throw std::runtime_error("Target " + std::to_string(bad.label) + " is out of bounds.");
-  }
   if (!a.loss || a.reduction == Reduction::kNone) return;
   store_reduced(a.loss, sums.get(), chunks, denominator, inverse);
 }

@@ -2,7 +2,8 @@
 // many, a vector holds neighbouring classes of one row (`ClassWise`); else it holds one class of
 // neighbouring rows (`RowWise`). Both take the classes in blocks that stay in the first-level
 // cache: one pass over memory for the sums, whose reference moves up as larger logits come, and for
-// the gradient a second one, or none if the exponentials of all classes have been kept.
+// the gradient a second one, or none if the exponentials of all classes have been kept. Both ask
+// for what comes next before they compute, so that memory does not wait for the arithmetic.
 #pragma once
 
 #include "../softmax_ce.h"
@@ -14,16 +15,17 @@ namespace {
 constexpr int kRowsAtOnce = 512;
 constexpr int kClassBlock = 4096;
 constexpr int kRowBlock = 16384;
-constexpr int kClassesPerSum = 16;
+constexpr int kClassesPerSum = 4;
 // From so many classes on, a vector holds classes.
 constexpr int64_t kManyClasses = 64;
 
 // What is read and written once a row, for up to kRowsAtOnce of them.
 template <class Real>
 struct RowBuffers {
-  int64_t label[kRowsAtOnce];  // -1 where there is none, or it is out of range
-  bool kept[kRowsAtOnce];
-  alignas(64) Real label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
+  int ignored;                         // how many rows are
+  int64_t label[kRowsAtOnce];          // -1 where there is none
+  alignas(64) Real kept[kRowsAtOnce],  // 0 where the row is ignored, else 1
+      label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
       grad_lse[kRowsAtOnce], grad_entropy[kRowsAtOnce],
       label_logit[kRowsAtOnce], loss[kRowsAtOnce], lse[kRowsAtOnce], entropy[kRowsAtOnce];
   int64_t prediction[kRowsAtOnce];
@@ -56,9 +58,24 @@ Real class_weight(const SoftmaxCeArguments& a, int64_t c) {
   return weight;
 }
 
+// The weights of the labels; 0 where a label is negative.
+template <class Real>
+void label_weights(const SoftmaxCeArguments& a, const int64_t* labels, int count,  // [count]
+                   Real* weights) {                                                // [count]
+  with_type(a.weight.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* of_classes = static_cast<const T*>(a.weight.data);
+    for (int i = 0; i < count; ++i) {
+      int64_t label = labels[i] < 0 ? 0 : labels[i];
+      Real weight = to_real<Real>(of_classes[label * a.weight.class_stride]);
+      weights[i] = labels[i] < 0 ? 0 : weight;
+    }
+  });
+}
+
 template <class Real>
 void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double scale,
-               RowBuffers<Real>& rows, BadLabel* bad) {
+               RowBuffers<Real>& rows) {
   auto read = [&](const Operand& operand, Real* to, Real absent) {
     if (operand) {
       gather(operand, a.rows, begin, count, to);
@@ -70,50 +87,41 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
   read(a.grad_loss, rows.grad_loss, a.is_backward ? 0 : 1);
   read(a.grad_lse, rows.grad_lse, 0);
   read(a.grad_entropy, rows.grad_entropy, 0);
+  rows.ignored = 0;
   if (a.has_probabilities) {
     for (int i = 0; i < count; ++i) {
       rows.label[i] = -1;
-      rows.kept[i] = true;
+      rows.kept[i] = 1;
       rows.label_weight[i] = 0;
     }
   } else {
     gather(a.target, a.rows, begin, count, rows.label);
     const Real share = static_cast<Real>(1 - a.label_smoothing);
-    const auto classes = static_cast<uint64_t>(a.classes);
-    int bad_labels = 0;
+    int64_t ignored = 0;
+    for (int i = 0; i < count; ++i) ignored += rows.label[i] == a.ignore_index;
+    rows.ignored = static_cast<int>(ignored);
     for (int i = 0; i < count; ++i) {
-      int64_t label = rows.label[i];
-      bool kept = label != a.ignore_index, inside = static_cast<uint64_t>(label) < classes;
-      bad_labels += kept && !inside;
-      rows.kept[i] = kept;
-      rows.label_weight[i] = kept && inside ? share : 0;
+      bool kept = rows.label[i] != a.ignore_index;
+      rows.kept[i] = kept ? 1 : 0;
+      rows.label_weight[i] = kept ? share : 0;
+      rows.label[i] = kept ? rows.label[i] : -1;
     }
-    for (int i = 0; bad_labels > 0 && i < count; ++i) {
-      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
-      if (rows.kept[i] && !inside && !bad->found) *bad = {true, rows.label[i]};
-    }
-    for (int i = 0; i < count; ++i) {
-      bool inside = static_cast<uint64_t>(rows.label[i]) < classes;
-      rows.label[i] = rows.kept[i] && inside ? rows.label[i] : -1;
-    }
-    if (a.weight) {
-      for (int i = 0; i < count; ++i) {
-        if (rows.label[i] >= 0) rows.label_weight[i] *= class_weight<Real>(a, rows.label[i]);
-      }
+    if (a.weight && a.classes > 0) {
+      label_weights(a, rows.label, count, rows.label_weight);
+      for (int i = 0; i < count; ++i) rows.label_weight[i] *= share;
     }
   }
   const Real factor = static_cast<Real>(scale);
   for (int i = 0; i < count; ++i) {
     Real upstream = rows.grad_loss[i] * rows.sample_weight[i] * factor;
-    rows.grad_loss[i] = rows.kept[i] ? upstream : 0;
+    rows.grad_loss[i] = rows.kept[i] != 0 ? upstream : 0;
     rows.label_logit[i] = 0;
   }
 }
 
-// Whether a row's logits count for nothing that is wanted.
-template <class Real>
-bool is_dead(const SoftmaxCeArguments& a, const RowBuffers<Real>& rows, int i) {
-  return !rows.kept[i] && !a.has_stats() && !a.grad_lse && !a.grad_entropy;
+// Whether an ignored row's logits count for nothing that is wanted.
+inline bool skips_ignored(const SoftmaxCeArguments& a) {
+  return !a.has_stats() && !a.grad_lse && !a.grad_entropy;
 }
 
 template <class T, class From>
@@ -130,7 +138,7 @@ double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuf
   if (a.is_backward) return 0;
   for (int i = 0; i < count; ++i) {
     Real loss = rows.loss[i] * rows.sample_weight[i];
-    rows.loss[i] = rows.kept[i] ? loss : 0;
+    rows.loss[i] = rows.kept[i] != 0 ? loss : 0;
   }
   typename Computing<Real>::Total sum;
   constexpr int kWidth = Computing<Real>::kStep / 2;
@@ -149,24 +157,25 @@ double finish_rows(const SoftmaxCeArguments& a, int64_t begin, int count, RowBuf
     bool correct[kRowsAtOnce];
     for (int i = 0; i < count; ++i) {
       int64_t right = a.has_probabilities ? rows.best_target[i] : rows.label[i];
-      correct[i] = rows.kept[i] && rows.prediction[i] == right;
+      correct[i] = rows.kept[i] != 0 && rows.prediction[i] == right;
     }
     store_rows<bool>(a.correct, a.rows, begin, count, correct);
   }
   return sum.total();
 }
 
-// The first of the largest values seen; a NaN is larger than all.
+// The first of the largest values seen; a NaN is larger than all. {} has seen none.
 template <class Real>
 struct Largest {
-  Real value = 0;
-  int64_t index = -1;
+  Real value;
+  int64_t seen;  // 1 + its index
   void offer(Real x, int64_t at) {
-    if (index < 0 || (x > value && value == value) || (x != x && value == value)) {
+    if (seen == 0 || (x > value && value == value) || (x != x && value == value)) {
       value = x;
-      index = at;
+      seen = at + 1;
     }
   }
+  int64_t index() const { return seen - 1; }
 };
 
 // What the loops need to know of the arguments, in their own type.
@@ -186,19 +195,31 @@ struct Options {
   Real scale, cap, smoothed, kept, z_loss;
   bool transforms, has_coefficients, has_entropy, finds_largest;
 
-  // Logits as the loss sees them; `slope` [count], if not null, becomes their derivative.
+  // Logits as the loss sees them; `slope`, if not null, becomes their derivative.
   void transform(Real* logits, Real* slope, int count) const {  // [count]
-    for (int i = 0; i < count; ++i) {
-      Real x = logits[i] * scale;
-      if (cap != 0) {
-        Real t = math::tanh(x / cap);
-        logits[i] = cap * t;
-        if (slope != nullptr) slope[i] = scale * (1 - t * t);
-      } else {
-        logits[i] = x;
-        if (slope != nullptr) slope[i] = scale;
-      }
+    using V = typename Computing<Real>::Vector;
+    constexpr int kWidth = Computing<Real>::kStep / 2;
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+      V x = load(logits + i), derivative = transform(x);
+      store(logits + i, x);
+      if (slope != nullptr) store(slope + i, derivative);
     }
+    for (; i < count; ++i) {
+      Real derivative = transform(logits[i]);
+      if (slope != nullptr) slope[i] = derivative;
+    }
+  }
+
+ private:
+  // Returns the derivative.
+  template <class V>
+  V transform(V& x) const {
+    x = x * scale;
+    if (cap == 0) return V{} + scale;
+    V t = math::tanh(x / cap);
+    x = cap * t;
+    return scale * (1 - t * t);
   }
 };
 
@@ -260,8 +281,8 @@ FUSED_CE_HOST_DEVICE V gradient_of(const SoftmaxGradient<V>& factors, V e, V bel
   return gradient;
 }
 
-// Whether a loop deals with coefficients and entropies.
-enum class Terms { kPlain, kAll };
+// What a loop adds up: exponentials alone, with the coefficients' terms, or with the entropy too.
+enum class Terms { kPlain, kCoefficients, kAll };
 
 // ---- a vector holds classes ----
 
@@ -286,17 +307,54 @@ auto block_max(const T* x, int count) {  // [count]
   return most;
 }
 
-// The sums are float64: the vectors' own are added to them after a few steps.
+// The coefficients of a block of classes: `factor` times what is stored for each, or for all alike.
+template <class T>
+struct Coefficients {
+  using Real = RealOf<T>;
+  const T* own;      // [count] or null: in the logits' type
+  const Real* each;  // [count] or null
+  Real factor;       // 0 where there are none
+
+  FUSED_CE_HOST_DEVICE auto two(int i) const {
+    using V = typename Computing<Real>::Vector;
+    if (own != nullptr) return load_two<T>(own + i);
+    return each != nullptr ? load_two<T>(each + i) : Two<V>{V{} + Real{1}, V{} + Real{1}};
+  }
+  FUSED_CE_HOST_DEVICE Real one(int i) const {
+    return own != nullptr ? to_real<Real>(own[i]) : each != nullptr ? each[i] : Real{1};
+  }
+};
+
+inline int64_t bytes_of(const Operand& operand, int64_t count) {
+  return static_cast<char*>(address_of(operand, count)) - static_cast<char*>(operand.data);
+}
+template <class T>
+void prefetch(const T* from, int count) {  // [count]
+  for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// Asks for the memory of a step's elements, which need not exist.
+template <class T>
+FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
+  constexpr int kBytes = Computing<RealOf<T>>::kStep * static_cast<int>(sizeof(T));
+  for (int byte = 0; byte < kBytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + byte);
+  }
+}
+
+// The sums are float64: the vectors' own are added to them after a few steps. What lies at `ahead`
+// is what will be read next: memory works while the exponentials are computed.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
-__attribute__((noinline)) void block_sums(const T* x,                // [count]
-                                          const Real* coefficients,  // [count] or null
-                                          Real* kept,                // [count] or null
-                                          int count, SoftmaxSums<double>& sums) {
+__attribute__((noinline)) void block_sums(const T* x,  // [count]
+                                          Coefficients<T> coefficients,
+                                          Real* kept,  // [count] or null
+                                          int count, SoftmaxSums<double>& sums,
+                                          const T* ahead) {  // [count]
   using V = typename Computing<Real>::Vector;
   using Total = typename Computing<Real>::Total;
   constexpr int kStep = Computing<Real>::kStep;
   constexpr int kStepsPerSum = 8;
-  constexpr bool kAll = kTerms == Terms::kAll;
+  constexpr bool kWeighted = kTerms != Terms::kPlain, kEntropy = kTerms == Terms::kAll;
   const Real reference = static_cast<Real>(finite_reference(sums.reference));
   const V top = V{} + reference;
   Total exponentials, all_coefficients, cost, entropy;
@@ -305,79 +363,96 @@ __attribute__((noinline)) void block_sums(const T* x,                // [count]
     int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
     SoftmaxSums<V> one{}, other{};
     for (; i + kStep <= last; i += kStep) {
+      prefetch_step(ahead + i);
       Two<V> l = load_two<T>(x + i);
       Two<V> b{};
-      if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
-      Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kAll, kAll),
-               add_logit<kPrecision>(other, top, l.second, b.second, kAll, kAll)};
+      if constexpr (kWeighted) b = coefficients.two(i);
+      Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
+               add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
       if (kept != nullptr) store_two(kept + i, e);
     }
     exponentials.add(one.exponentials + other.exponentials);
-    if (!kAll) continue;
-    entropy.add(one.entropy + other.entropy);
+    if (kEntropy) entropy.add(one.entropy + other.entropy);
+    if (!kWeighted) continue;
     all_coefficients.add(one.coefficients + other.coefficients);
     cost.add(one.cost + other.cost);
   }
   SoftmaxSums<Real> rest{};
   for (; i < count; ++i) {
-    Real b = kAll && coefficients != nullptr ? coefficients[i] : 0;
-    Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kAll, kAll);
+    Real b = kWeighted ? coefficients.one(i) : 0;
+    Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kWeighted, kEntropy);
     if (kept != nullptr) kept[i] = e;
   }
   sums.exponentials += exponentials.total() + rest.exponentials;
-  if (!kAll) return;
-  sums.entropy += entropy.total() + rest.entropy;
-  if (coefficients == nullptr) return;
-  sums.cost += cost.total() + rest.cost;
-  sums.coefficients += all_coefficients.total() + rest.coefficients;
+  if (kEntropy) sums.entropy += entropy.total() + rest.entropy;
+  if (!kWeighted || coefficients.factor == 0) return;
+  sums.cost += coefficients.factor * (cost.total() + rest.cost);
+  sums.coefficients += coefficients.factor * (all_coefficients.total() + rest.coefficients);
 }
 
 // The gradient of a block, from its logits, or from kept exponentials where `kept` is not null.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
-__attribute__((noinline)) void block_gradient(const T* x,                // [count]
-                                              const Real* coefficients,  // [count] or null
-                                              const Real* kept,          // [count] or null
+__attribute__((noinline)) void block_gradient(const T* x,  // [count]
+                                              Coefficients<T> coefficients,
+                                              const Real* kept,  // [count] or null
                                               int count, Real reference,
                                               const SoftmaxGradient<Real>& factors,
-                                              T* gradient) {  // [count]
+                                              const T* ahead,  // [count]
+                                              T* gradient) {   // [count]
   using V = typename Computing<Real>::Vector;
   constexpr int kStep = Computing<Real>::kStep;
-  constexpr bool kAll = kTerms == Terms::kAll;
+  constexpr bool kWeighted = kTerms != Terms::kPlain, kEntropy = kTerms == Terms::kAll;
   const V top = V{} + reference;
-  const SoftmaxGradient<V> f{V{} + factors.exponential, V{} + factors.entropy,
-                             V{} + factors.coefficient, V{} + factors.label};
+  const Real shared = factors.coefficient * coefficients.factor;
+  const SoftmaxGradient<V> f{V{} + factors.exponential, V{} + factors.entropy, V{} + shared,
+                             V{} + factors.label};
   int i = 0;
-  if (!kAll && kept != nullptr) {
-    for (; i + kStep <= count; i += kStep) {
-      Two<V> e = load_two<Real>(kept + i);
-      store_two(gradient + i, Two<V>{e.first * f.exponential, e.second * f.exponential});
-    }
-    for (; i < count; ++i) gradient[i] = from_real<T>(kept[i] * factors.exponential);
-    return;
-  }
   for (; i + kStep <= count; i += kStep) {
-    Two<V> l = load_two<T>(x + i);
-    Two<V> b{};
-    if (kAll && coefficients != nullptr) b = load_two<T>(coefficients + i);
-    V below = top - l.first, other_below = top - l.second;
-    V e = math::exp_negative<kPrecision>(below);
-    V other_e = math::exp_negative<kPrecision>(other_below);
-    store_two(gradient + i, Two<V>{gradient_of(f, e, below, b.first, kAll, kAll),
-                                   gradient_of(f, other_e, other_below, b.second, kAll, kAll)});
+    Two<V> b{}, below{}, e;
+    if constexpr (kWeighted) b = coefficients.two(i);
+    if (!kEntropy && kept != nullptr) {
+      e = load_two<Real>(kept + i);
+    } else {
+      prefetch_step(ahead + i);
+      Two<V> l = load_two<T>(x + i);
+      below = {top - l.first, top - l.second};
+      e = {math::exp_negative<kPrecision>(below.first),
+           math::exp_negative<kPrecision>(below.second)};
+    }
+    store_two(gradient + i,
+              Two<V>{gradient_of(f, e.first, below.first, b.first, kWeighted, kEntropy),
+                     gradient_of(f, e.second, below.second, b.second, kWeighted, kEntropy)});
   }
+  const SoftmaxGradient<Real> g{factors.exponential, factors.entropy, shared, factors.label};
   for (; i < count; ++i) {
-    Real below = reference - to_real<Real>(x[i]);
-    Real e = math::exp_negative<kPrecision>(below);
-    Real b = kAll && coefficients != nullptr ? coefficients[i] : 0;
-    gradient[i] = from_real<T>(gradient_of(factors, e, below, b, kAll, kAll));
+    Real below = kept != nullptr ? 0 : reference - to_real<Real>(x[i]);
+    Real e = kept != nullptr ? kept[i] : math::exp_negative<kPrecision>(below);
+    Real b = kWeighted ? coefficients.one(i) : 0;
+    gradient[i] = from_real<T>(gradient_of(g, e, below, b, kWeighted, kEntropy));
   }
 }
 
-// T is the logits' type as the loops take them: as they lie (kPlain), or Real in a buffer (kAll).
+// Whether logits and gradient are of type T and lie one behind another, class by class.
+template <class T>
+bool lies_in_rows(const SoftmaxCeArguments& a) {
+  const ClassOperand* operands[] = {&a.input, &a.gradient};
+  for (const ClassOperand* operand : operands) {
+    if (!*operand) continue;
+    Operand classes;
+    classes.dtype = operand->dtype;
+    classes.strides[0] = operand->class_stride;
+    if (!lies_flat<T>(classes, class_space(a.classes))) return false;
+  }
+  return true;
+}
+
+// T is the logits' type as the loops take them: as they lie, or else Real in a buffer.
 template <class T, Terms kTerms, Precision kPrecision>
 struct ClassWise {
   using Real = RealOf<T>;
-  static constexpr bool kIsDirect = kTerms == Terms::kPlain;
+  static constexpr bool kMayBuffer = std::is_same_v<T, Real>;
+  // A row of which the second pass leaves this much of the second-level cache to the next row.
+  static constexpr int64_t kShortRow = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T));
 
   struct Buffers {
     alignas(64) T logits[kClassBlock], gradient[kClassBlock];
@@ -389,44 +464,62 @@ struct ClassWise {
   const Options<Real>& options;
   Buffers& buffers;
   const IndexSpace space = class_space(a.classes);
+  const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
 
-  // The logits of `count` classes from c on; of kAll with their coefficients.
-  const T* block(const Operand& logits, const Operand& target, int64_t c, int count) {
-    if constexpr (kIsDirect) {
-      return static_cast<const T*>(logits.data) + c;
-    } else {
-      gather(logits, space, c, count, buffers.logits);
-      if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
-      if (!options.has_coefficients) return buffers.logits;
-      Real* b = buffers.coefficients;
-      if (a.has_probabilities) gather(target, space, c, count, b);
-      for (int i = 0; i < count; ++i) {
-        b[i] = a.has_probabilities ? math::multiply_add(b[i], options.kept, options.smoothed)
-                                   : options.smoothed;
-      }
-      if (a.weight) {
-        Operand weight = a.weight;
-        weight.strides[0] = a.weight.class_stride;
-        gather(weight, space, c, count, buffers.weight);
-        for (int i = 0; i < count; ++i) b[i] *= buffers.weight[i];
-      }
-      return buffers.logits;
+  template <class F>
+  void for_each_block(F f) const {
+    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
+      f(c, static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock));
     }
   }
 
-  void row(int64_t row, int i, RowBuffers<Real>& rows) {
-    const Operand logits = classes_of(a.input, a.rows, row);
-    const Operand target = a.has_probabilities ? classes_of(a.target, a.rows, row) : Operand{};
-    const Real* coefficients = options.has_coefficients ? buffers.coefficients : nullptr;
-    Real* kept = kIsDirect && a.gradient && a.classes <= kClassBlock ? buffers.kept : nullptr;
-    auto for_each_block = [&](auto f) {
-      for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-        f(c, static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock));
+  const T* logits(const Operand& row, int64_t c, int count) {
+    if constexpr (kMayBuffer) {
+      if (!is_direct) {
+        gather(row, space, c, count, buffers.logits);
+        if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
+        return buffers.logits;
       }
+    }
+    return static_cast<const T*>(row.data) + c;
+  }
+
+  Coefficients<T> coefficients(const Operand& target, int64_t c, int count) {
+    if (kTerms == Terms::kPlain || !options.has_coefficients) return {nullptr, nullptr, 0};
+    const Real smoothed = options.smoothed;
+    Operand weight = a.weight;
+    weight.strides[0] = a.weight.class_stride;
+    auto own = [&](const Operand& operand, Real factor) {
+      return Coefficients<T>{static_cast<const T*>(operand.data) + c, nullptr, factor};
     };
+    if (!a.has_probabilities) {
+      if (!a.weight) return {nullptr, nullptr, smoothed};
+      if (lies_flat<T>(weight, space)) return own(weight, smoothed);
+    } else if (!a.weight && a.label_smoothing == 0 && lies_flat<T>(target, space)) {
+      return own(target, 1);
+    }
+    Real* b = buffers.coefficients;
+    if (a.has_probabilities) {
+      gather(target, space, c, count, b);
+    } else {
+      for (int i = 0; i < count; ++i) b[i] = 0;
+    }
+    for (int i = 0; i < count; ++i) b[i] = math::multiply_add(b[i], options.kept, smoothed);
+    if (a.weight) {
+      gather(weight, space, c, count, buffers.weight);
+      for (int i = 0; i < count; ++i) b[i] *= buffers.weight[i];
+    }
+    return {nullptr, b, 1};
+  }
+
+  void row(int64_t row, int i, RowBuffers<Real>& rows) {
+    const Operand input = classes_of(a.input, a.rows, row);
+    const Operand target = a.has_probabilities ? classes_of(a.target, a.rows, row) : Operand{};
+    const bool keeps = is_direct && a.gradient && a.classes <= kClassBlock && !options.has_entropy;
+    Real* kept = keeps ? buffers.kept : nullptr;
 
     if (rows.label[i] >= 0) {
-      gather(logits, space, rows.label[i], 1, &rows.label_logit[i]);
+      gather(input, space, rows.label[i], 1, &rows.label_logit[i]);
       if (options.transforms) options.transform(&rows.label_logit[i], nullptr, 1);
     }
     SoftmaxSums<double> sums{-INFINITY, 0, 0, 0, 0};
@@ -438,12 +531,13 @@ struct ClassWise {
       kept = nullptr;
     } else {
       for_each_block([&](int64_t c, int count) {
-        const T* x = block(logits, target, c, count);
+        const T* x = logits(input, c, count);
         admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
-        block_sums<kTerms, kPrecision>(x, coefficients, kept, count, sums);
+        block_sums<kTerms, kPrecision>(x, coefficients(target, c, count), kept, count, sums,
+                                       x + count);
       });
     }
-    if (options.finds_largest) find_largest(logits, target, rows, i);
+    if (options.finds_largest) find_largest(input, target, rows, i);
     sums.reference = finite_reference(sums.reference);
     auto result = SoftmaxRow<double>::evaluate(sums, !a.has_probabilities, rows.label_weight[i],
                                                rows.label_logit[i], options.z_loss);
@@ -466,21 +560,20 @@ struct ClassWise {
       at_label = gradient_at(rows.label[i], rows.label_logit[i], reference, factors);
     }
     for_each_block([&](int64_t c, int count) {
-      const T* x = block(logits, target, c, count);
-      T* to = kIsDirect ? static_cast<T*>(gradient.data) + c : buffers.gradient;
-      block_gradient<kTerms, kPrecision>(x, coefficients, kept, count, reference, factors, to);
-      if constexpr (!kIsDirect) {
+      const T* x = logits(input, c, count);
+      const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
+      T* to = is_direct ? static_cast<T*>(gradient.data) + c : buffers.gradient;
+      block_gradient<kTerms, kPrecision>(x, coefficients(target, c, count), kept, count, reference,
+                                         factors, ahead, to);
+      if constexpr (kMayBuffer) {
+        if (is_direct) return;
         if (options.transforms) {
           for (int k = 0; k < count; ++k) to[k] *= buffers.slope[k];
         }
         scatter(to, gradient, space, c, count);
       }
     });
-    if (rows.label[i] >= 0) {
-      Operand place = gradient;
-      place.data = address_of(gradient, rows.label[i] * gradient.strides[0]);
-      scatter(&at_label, place, class_space(1), 0, 1);
-    }
+    if (rows.label[i] >= 0) scatter(&at_label, gradient, space, rows.label[i], 1);
   }
 
   // The label's own gradient, where the two terms meet before anything is rounded.
@@ -499,34 +592,29 @@ struct ClassWise {
     return gradient * options.scale;
   }
 
-  void find_largest(const Operand& logits, const Operand& target, RowBuffers<Real>& rows, int i) {
-    Largest<Real> best, best_target;
-    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-      int count = static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock);
-      gather(logits, space, c, count, buffers.slope);
+  void find_largest(const Operand& input, const Operand& target, RowBuffers<Real>& rows, int i) {
+    Largest<Real> best{}, best_target{};
+    for_each_block([&](int64_t c, int count) {
+      gather(input, space, c, count, buffers.slope);
       if (options.transforms) options.transform(buffers.slope, nullptr, count);
       for (int k = 0; k < count; ++k) best.offer(buffers.slope[k], c + k);
-      if (!a.has_probabilities) continue;
+      if (!a.has_probabilities) return;
       gather(target, space, c, count, buffers.slope);
       for (int k = 0; k < count; ++k) best_target.offer(buffers.slope[k], c + k);
-    }
-    rows.prediction[i] = best.index;
-    rows.best_target[i] = best_target.index;
+    });
+    rows.prediction[i] = best.index();
+    rows.best_target[i] = best_target.index();
   }
 
   void clear(int64_t row) {
     const Operand gradient = classes_of(a.gradient, a.rows, row);
     for (int k = 0; k < kClassBlock && k < a.classes; ++k) buffers.kept[k] = 0;
-    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-      int count = static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock);
-      scatter(buffers.kept, gradient, space, c, count);
-    }
+    for_each_block([&](int64_t c, int count) { scatter(buffers.kept, gradient, space, c, count); });
   }
 };
 
 template <class T, Terms kTerms, Precision kPrecision>
-double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                  BadLabel* bad) {
+double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
   using Real = RealOf<T>;
   RowBuffers<Real> rows;
   typename ClassWise<T, kTerms, kPrecision>::Buffers buffers;
@@ -535,11 +623,11 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
   Sum sum;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
-    load_rows(a, at, count, scale, rows, bad);
+    load_rows(a, at, count, scale, rows);
     if (a.is_backward && a.lse) gather(a.lse, a.rows, at, count, rows.lse);
     if (a.is_backward && a.entropy) gather(a.entropy, a.rows, at, count, rows.entropy);
     for (int i = 0; i < count; ++i) {
-      if (!is_dead(a, rows, i)) {
+      if (rows.kept[i] != 0 || !skips_ignored(a)) {
         loop.row(at + i, i, rows);
       } else if (a.gradient) {
         loop.clear(at + i);
@@ -577,8 +665,10 @@ struct RowWise {
   };
 
   struct Buffers {
-    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][rows]
-    alignas(64) Real coefficients[kRowsAtOnce];
+    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][stride]
+    alignas(64) Real coefficients[kRowsAtOnce], label[kRowsAtOnce];
+    Real class_coefficients[kRowBlock];  // [classes of a block]: where all rows have the same
+    int32_t place[kRowsAtOnce];
     Sums sums, part;
     alignas(64) Real factor[4][kRowsAtOnce];
     Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
@@ -588,29 +678,141 @@ struct RowWise {
   const Options<Real>& options;
   Buffers& b;
   RowBuffers<Real>& rows;
+  // The rows of the moment, and how many elements of a buffer they take: whole vectors, an odd
+  // number of them, so that the classes of a row do not all compete for one place in the cache.
+  int64_t begin = 0;
+  int count = 0, padded = 0, stride = 0;
+  bool has_dead = false;
+  // Whether there are coefficients, the same for all rows, and other ones.
+  const bool smooths = kAll && options.has_coefficients && !a.has_probabilities;
+  const bool weighs = kAll && a.has_probabilities;
+  // A fresh gradient that no cache holds: its memory need not be read before it is written.
+  const bool streams = a.gradient && a.gradient.data != a.input.data &&
+                       bytes_of(a.gradient, a.rows.numel* a.classes) >= int64_t{1} << 26;
+
+  // What is prefetched lies this many classes ahead: fewer than the first-level cache has ways,
+  // since the classes' memory is often a power of two apart.
+  static constexpr int kClassesAhead = 8;
 
   static Operand class_at(const ClassOperand& operand, int64_t c) {
     Operand one = operand;
     one.data = address_of(operand, c * operand.class_stride);
     return one;
   }
-  void fill(int64_t begin, int count, int stride, int64_t c, int classes, bool slopes) {
-    for (int k = 0; k < classes; ++k) {
-      Real* to = b.logits + k * stride;
-      gather(class_at(a.input, c + k), a.rows, begin, count, to);
-      for (int i = count; i < stride; ++i) to[i] = 0;
-      if (options.transforms) {
-        options.transform(to, slopes ? b.slope + k * stride : nullptr, count);
+  // Calls f with a value of the dtype's C++ type, if that is computed in Real. Returns whether.
+  template <class F>
+  static bool with_own_type(Dtype dtype, F f) {
+    bool is_own = false;
+    with_float_type(dtype, [&](auto type) {
+      if constexpr (std::is_same_v<RealOf<decltype(type)>, Real>) {
+        f(type);
+        is_own = true;
+      }
+    });
+    return is_own;
+  }
+
+  // The first row's value for class c, if the rows lie `stride` apart; else null.
+  char* strided(const ClassOperand& operand, int64_t c, int64_t row_stride) const {
+    if (operand.strides[0] != row_stride) return nullptr;
+    if (a.rows.rank > 1 && begin % a.rows.sizes[0] + count > a.rows.sizes[0]) return nullptr;
+    int64_t offset = offset_of(operand, a.rows, begin) + c * operand.class_stride;
+    return static_cast<char*>(address_of(operand, offset));
+  }
+  // The same if the rows' values for a class lie one behind another.
+  char* dense(const ClassOperand& operand, int64_t c) const { return strided(operand, c, 1); }
+  // The first row's classes, if all rows' classes lie one behind another, in squares worth turning.
+  char* in_rows(const ClassOperand& operand) const {
+    bool wanted = a.classes > 1 && operand.class_stride == 1 && 4 * a.classes > kWidth &&
+                  with_own_type(operand.dtype, [](auto) {});
+    return wanted ? strided(operand, 0, a.classes) : nullptr;
+  }
+  // Calls tile(row, class) for squares of kWidth rows and classes, which cover the leading rows,
+  // and returns how many these are. With fewer classes, squares reach into the rows that follow.
+  template <class F>
+  int for_each_square(int classes, F tile) const {
+    int beyond = classes < kWidth ? (kWidth + classes - 1) / classes : 0;
+    int row = 0;
+    for (; row + kWidth + beyond <= count; row += kWidth) {
+      for (int k = 0; k < classes; k += kWidth) {
+        tile(row, classes < kWidth || k + kWidth <= classes ? k : classes - kWidth);
+      }
+    }
+    return row;
+  }
+  template <class T>
+  void turn_in(const T* from, int classes) {  // [count][classes]
+    int row = for_each_square(classes, [&](int i, int k) {
+      V square[kWidth];
+      for (int j = 0; j < kWidth; ++j) square[j] = load(from + int64_t{i + j} * classes + k);
+      transpose(square);
+      int columns = classes < kWidth ? classes : kWidth;
+      for (int j = 0; j < columns; ++j) store(b.logits + (k + j) * stride + i, square[j]);
+    });
+    for (int i = row; i < count; ++i) {
+      for (int k = 0; k < classes; ++k) {
+        b.logits[k * stride + i] = to_real<Real>(from[i * classes + k]);
       }
     }
   }
-  void fill_coefficients(int64_t begin, int count, int stride, int64_t c) {
+  template <class T>
+  void turn_out(T* to, int classes) const {  // [count][classes]
+    int row = for_each_square(classes, [&](int i, int k) {
+      V square[kWidth];
+      int columns = classes < kWidth ? classes : kWidth;
+      for (int j = 0; j < columns; ++j) square[j] = load(b.logits + (k + j) * stride + i);
+      for (int j = columns; j < kWidth; ++j) square[j] = V{};
+      transpose(square);
+      for (int j = 0; j < kWidth; ++j) store(to + int64_t{i + j} * classes + k, square[j]);
+    });
+    for (int i = row; i < count; ++i) {
+      for (int k = 0; k < classes; ++k) {
+        to[i * classes + k] = from_real<T>(b.logits[k * stride + i]);
+      }
+    }
+  }
+
+  void fill(int64_t c, int classes) {
+    const char* from = dense(a.input, c);
+    const char* turned = classes == a.classes ? in_rows(a.input) : nullptr;
+    if (turned != nullptr) {
+      with_own_type(a.input.dtype, [&](auto type) {
+        turn_in(reinterpret_cast<const decltype(type)*>(turned), classes);
+      });
+    } else if (from == nullptr) {
+      for (int k = 0; k < classes; ++k) {
+        gather(class_at(a.input, c + k), a.rows, begin, count, b.logits + k * stride);
+      }
+    } else {
+      with_float_type(a.input.dtype, [&](auto type) {
+        using T = decltype(type);
+        const T* run = reinterpret_cast<const T*>(from);
+        for (int k = 0; k < classes; ++k, run += a.input.class_stride) {
+          if (k + kClassesAhead < classes) {
+            prefetch(run + kClassesAhead * a.input.class_stride, count);
+          }
+          load_run(run, count, b.logits + k * stride);
+        }
+      });
+    }
+    for (int k = 0; k < classes; ++k) {
+      Real* to = b.logits + k * stride;
+      for (int i = count; i < padded; ++i) to[i] = 0;
+      if (options.transforms) options.transform(to, b.slope + k * stride, padded);
+    }
+    const auto most = static_cast<uint64_t>(classes);
+    for (int i = 0; i < padded; ++i) {
+      int64_t k = rows.label[i] - c;
+      b.place[i] = static_cast<uint64_t>(k) < most ? static_cast<int32_t>(k) : -1;
+    }
+    for (int i = 0; i < padded; ++i) b.label[i] = static_cast<Real>(b.place[i]);
+    for (int k = 0; smooths && k < classes; ++k) {
+      b.class_coefficients[k] = options.smoothed * class_weight<Real>(a, c + k);
+    }
+  }
+  void fill_coefficients(int64_t c) {
     Real weight = class_weight<Real>(a, c);
     Real* to = b.coefficients;
-    if (!a.has_probabilities) {
-      for (int i = 0; i < stride; ++i) to[i] = options.smoothed * weight;
-      return;
-    }
     gather(class_at(a.target, c), a.rows, begin, count, to);
     if (options.finds_largest) {
       for (int i = 0; i < count; ++i) b.best_target[i].offer(to[i], c);
@@ -618,48 +820,55 @@ struct RowWise {
     for (int i = 0; i < count; ++i) {
       to[i] = math::multiply_add(to[i], options.kept, options.smoothed) * weight;
     }
-    for (int i = count; i < stride; ++i) to[i] = 0;
+    for (int i = count; i < padded; ++i) to[i] = 0;
   }
 
-  // One block of classes: `kept` where the exponentials take the logits' place.
-  void add(int64_t begin, int count, int stride, int64_t c, int classes, bool keeps) {
-    for (int i = 0; i < count; ++i) {
-      int64_t k = rows.label[i] - c;
-      if (k >= 0 && k < classes) rows.label_logit[i] = b.logits[k * stride + i];
-    }
+  // One block of classes: `keeps` where the exponentials take the logits' place.
+  void add(int64_t c, int classes, bool keeps) {
     if (options.finds_largest) {
       for (int k = 0; k < classes; ++k) {
         for (int i = 0; i < count; ++i) b.best[i].offer(b.logits[k * stride + i], c + k);
       }
     }
-    const bool coefficients = kAll && options.has_coefficients;
     const bool entropy = kAll && options.has_entropy;
-    for (int i = 0; i < stride; i += kWidth) {
+    // The next rows' first classes, while memory has nothing else to do.
+    const char* next = dense(a.input, 0);
+    const int64_t apart = bytes_of(a.input, a.input.class_stride), each = bytes_of(a.input, 1);
+    const int ahead = next == nullptr             ? 0
+                      : a.classes < kClassesAhead ? static_cast<int>(a.classes)
+                                                  : kClassesAhead;
+    for (int i = 0; i < padded; i += kWidth) {
+      for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
       SoftmaxSums<V> sums = b.sums.at(i);
-      V top = load(b.logits + i);
-      for (int k = 1; k < classes; ++k) {
-        top = math::Machine<V>::greater(load(b.logits + k * stride + i), top);
-      }
-      admit(sums, top, coefficients, entropy);
-      b.sums.put(i, sums);
-    }
-    // The terms of a few classes are added up by themselves: the rounding of long sums stays small.
-    for (int first = 0; first < classes; first += kClassesPerSum) {
-      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
-      if (coefficients) {
-        add_weighted(begin, count, stride, c, first, last, keeps);
+      const Real* at = b.logits + i;
+      V top = load(at);
+      for (int k = 1; k < classes; ++k) top = math::Machine<V>::greater(load(at + k * stride), top);
+      admit(sums, top, smooths || weighs, entropy);
+      if (weighs) {
+        b.sums.put(i, sums);
         continue;
       }
-      for (int i = 0; i < stride; i += kWidth) {
-        SoftmaxSums<V> sums = b.sums.at(i), part{};
-        V reference = finite_reference(sums.reference);
+      V label = load(b.label + i), label_logit = load(rows.label_logit + i);
+      V reference = finite_reference(sums.reference);
+      // The terms of a few classes are added up by themselves, to round less than in a long sum.
+      for (int first = 0; first < classes; first += kClassesPerSum) {
+        int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+        SoftmaxSums<V> part{};
         for (int k = first; k < last; ++k) {
-          Real* at = b.logits + k * stride + i;
-          V e = add_logit<kPrecision>(part, reference, load(at), V{}, false, entropy);
-          if (keeps) store(at, e);
+          V x = load(at + k * stride);
+          label_logit = label == V{} + static_cast<Real>(k) ? x : label_logit;
+          V coefficient = smooths ? V{} + b.class_coefficients[k] : V{};
+          V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
+          if (keeps) store(b.logits + k * stride + i, e);
         }
-        b.sums.put(i, sum_of(sums, part));
+        sums = sum_of(sums, part);
       }
+      store(rows.label_logit + i, label_logit);
+      b.sums.put(i, sums);
+    }
+    for (int first = 0; weighs && first < classes; first += kClassesPerSum) {
+      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+      add_weighted(c, first, last, keeps);
     }
   }
 
@@ -670,82 +879,112 @@ struct RowWise {
   }
 
   // Classes c + first .. c + last, whose coefficients are read one class at a time.
-  void add_weighted(int64_t begin, int count, int stride, int64_t c, int first, int last,
-                    bool keeps) {
-    for (int i = 0; i < stride; i += kWidth) b.part.put(i, SoftmaxSums<V>{});
+  void add_weighted(int64_t c, int first, int last, bool keeps) {
+    for (int i = 0; i < padded; i += kWidth) b.part.put(i, SoftmaxSums<V>{});
     for (int k = first; k < last; ++k) {
-      fill_coefficients(begin, count, stride, c + k);
-      for (int i = 0; i < stride; i += kWidth) {
+      fill_coefficients(c + k);
+      for (int i = 0; i < padded; i += kWidth) {
         SoftmaxSums<V> part = b.part.at(i);
         Real* at = b.logits + k * stride + i;
-        V e = add_logit<kPrecision>(part, finite_reference(load(b.sums.reference + i)), load(at),
+        V x = load(at), label_logit = load(rows.label_logit + i);
+        label_logit = load(b.label + i) == V{} + static_cast<Real>(k) ? x : label_logit;
+        store(rows.label_logit + i, label_logit);
+        V e = add_logit<kPrecision>(part, finite_reference(load(b.sums.reference + i)), x,
                                     load(b.coefficients + i), true, options.has_entropy);
         if (keeps) store(at, e);
         b.part.put(i, part);
       }
     }
-    for (int i = 0; i < stride; i += kWidth) {
+    for (int i = 0; i < padded; i += kWidth) {
       b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i)));
     }
   }
 
-  void write_gradient(int64_t begin, int count, int stride, int64_t c, int classes, bool kept) {
-    const bool coefficients = kAll && options.has_coefficients;
-    const bool entropy = kAll && options.has_entropy;
-    for (int k = 0; k < classes; ++k) {
-      if (coefficients) fill_coefficients(begin, count, stride, c + k);
-      Real* values = b.logits + k * stride;
-      for (int i = 0; i < stride; i += kWidth) {
-        SoftmaxGradient<V> factors{load(b.factor[0] + i), load(b.factor[1] + i),
-                                   load(b.factor[2] + i), load(b.factor[3] + i)};
-        V coefficient = coefficients ? load(b.coefficients + i) : V{};
-        V below{}, e = load(values + i);
-        if (!kept) {
-          below = finite_reference(load(b.sums.reference + i)) - e;
-          e = math::exp_negative<kPrecision>(below);
-        }
-        store(values + i,
-              gradient_of(factors, e, below, coefficient, coefficients, entropy && !kept));
+  // The gradient of class c + k, the block's k-th: calls put(i, values) for each vector of rows.
+  template <class Put>
+  void class_gradient(int k, bool kept, Put put) {
+    const bool entropy = kAll && options.has_entropy && !kept;
+    const V place = V{} + static_cast<Real>(k);
+    const V same = smooths ? V{} + b.class_coefficients[k] : V{};
+    for (int i = 0; i < padded; i += kWidth) {
+      SoftmaxGradient<V> factors{load(b.factor[0] + i), load(b.factor[1] + i),
+                                 load(b.factor[2] + i), load(b.factor[3] + i)};
+      V coefficient = weighs ? load(b.coefficients + i) : same;
+      V below{}, e = load(b.logits + k * stride + i);
+      if (!kept) {
+        below = finite_reference(load(b.sums.reference + i)) - e;
+        e = math::exp_negative<kPrecision>(below);
       }
-    }
-    for (int i = 0; i < count; ++i) {
-      int64_t k = rows.label[i] - c;
-      if (k >= 0 && k < classes) b.logits[k * stride + i] -= b.factor[3][i];
-      if (!is_dead(a, rows, i)) continue;
-      for (int j = 0; j < classes; ++j) b.logits[j * stride + i] = 0;
-    }
-    for (int k = 0; k < classes; ++k) {
-      Real* values = b.logits + k * stride;
-      if (options.transforms) {
-        for (int i = 0; i < count; ++i) {
-          values[i] = is_dead(a, rows, i) ? 0 : values[i] * b.slope[k * stride + i];
-        }
-      }
-      scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+      V gradient = gradient_of(factors, e, below, coefficient, smooths || weighs, entropy);
+      gradient = load(b.label + i) == place ? gradient - factors.label : gradient;
+      if (options.transforms) gradient *= load(b.slope + k * stride + i);
+      if (has_dead) gradient = load(rows.kept + i) == 0.0f ? V{} : gradient;
+      put(i, gradient);
     }
   }
 
-  void run(int64_t begin, int count) {
-    int stride = (count + kWidth - 1) / kWidth * kWidth;
+  // Puts the gradient of class c + k at `to`, where its rows are neighbours.
+  template <class T>
+  void put_gradient(int k, bool kept, T* to) {  // [count]
+    class_gradient(k, kept, [&](int i, V gradient) {
+      if (i + kWidth > count) {
+        Real* values = b.logits + k * stride + i;
+        store(values, gradient);
+        return store_run(values, count - i, to + i);
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (streams && reinterpret_cast<uintptr_t>(to + i) % sizeof(V) == 0) {
+          return stream(to + i, gradient);
+        }
+      }
+      store(to + i, gradient);
+    });
+  }
+
+  void write_gradient(int64_t c, int classes, bool kept) {
+    char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr;
+    for (int k = 0; k < classes; ++k) {
+      if (weighs) fill_coefficients(c + k);
+      Real* values = b.logits + k * stride;
+      char* to = dense(a.gradient, c + k);
+      bool written = to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
+                       put_gradient(k, kept, reinterpret_cast<decltype(type)*>(to));
+                     });
+      if (written) continue;
+      class_gradient(k, kept, [&](int i, V gradient) { store(values + i, gradient); });
+      if (turned == nullptr) scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+    }
+    if (turned == nullptr) return;
+    with_own_type(a.gradient.dtype,
+                  [&](auto type) { turn_out(reinterpret_cast<decltype(type)*>(turned), classes); });
+  }
+
+  void run(int64_t first_row, int row_count) {
+    begin = first_row;
+    count = row_count;
+    int vectors = (count + kWidth - 1) / kWidth;
+    padded = vectors * kWidth;
+    stride = (vectors | 1) * kWidth;
     int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
     bool single = a.classes <= block;
     bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
-    for (int i = 0; i < stride; ++i) {
-      b.sums.reference[i] = -static_cast<Real>(INFINITY);
-      b.sums.exponentials[i] = b.sums.coefficients[i] = b.sums.cost[i] = b.sums.entropy[i] = 0;
+    has_dead = rows.ignored > 0 && skips_ignored(a);
+    for (int i = 0; i < padded; i += kWidth) {
+      b.sums.put(i, {V{} - static_cast<Real>(INFINITY), V{}, V{}, V{}, V{}});
     }
     for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
-    for (int i = count; i < stride; ++i) {
+    for (int i = count; i < padded; ++i) {
       rows.label_weight[i] = rows.label_logit[i] = rows.grad_loss[i] = rows.grad_lse[i] =
           rows.grad_entropy[i] = 0;
+      rows.label[i] = -1;
     }
     for (int64_t c = 0; c < a.classes; c += block) {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
-      fill(begin, count, stride, c, classes, true);
-      add(begin, count, stride, c, classes, keeps);
+      fill(c, classes);
+      add(c, classes, keeps);
     }
     const V z_loss = V{} + options.z_loss;
-    for (int i = 0; i < stride; i += kWidth) {
+    for (int i = 0; i < padded; i += kWidth) {
       SoftmaxSums<V> sums = b.sums.at(i);
       sums.reference = finite_reference(sums.reference);
       V label_weight = load(rows.label_weight + i);
@@ -763,99 +1002,116 @@ struct RowWise {
       store(b.factor[3] + i, factors.label);
     }
     for (int i = 0; i < count && options.finds_largest; ++i) {
-      rows.prediction[i] = b.best[i].index;
-      rows.best_target[i] = b.best_target[i].index;
+      rows.prediction[i] = b.best[i].index();
+      rows.best_target[i] = b.best_target[i].index();
     }
     if (!a.gradient) return;
     for (int64_t c = 0; c < a.classes; c += block) {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
-      if (!single) fill(begin, count, stride, c, classes, true);
-      write_gradient(begin, count, stride, c, classes, keeps);
+      if (!single) fill(c, classes);
+      write_gradient(c, classes, keeps);
     }
   }
 };
 
 template <class Real, Terms kTerms, Precision kPrecision>
-double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                BadLabel* bad) {
+double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
   using Loop = RowWise<Real, kTerms, kPrecision>;
   RowBuffers<Real> rows;
   typename Loop::Buffers buffers;
   const Options<Real> options(a);
   Loop loop{a, options, buffers, rows};
   // As many rows as fit into the buffer with all their classes, but whole vectors of them.
-  int64_t step = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth * Loop::kWidth : kRowsAtOnce;
+  int64_t vectors = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth - 1 : kRowsAtOnce;
+  int64_t step = vectors * Loop::kWidth;
   step = step > kRowsAtOnce ? kRowsAtOnce : step < 4 * Loop::kWidth ? 4 * Loop::kWidth : step;
   Sum sum;
   for (int64_t at = begin; at < end; at += step) {
     int count = static_cast<int>(end - at < step ? end - at : step);
-    load_rows(a, at, count, scale, rows, bad);
+    load_rows(a, at, count, scale, rows);
     loop.run(at, count);
     sum.add(finish_rows(a, at, count, rows));
   }
+  if (loop.streams) stream_end();
   return sum.total();
 }
 
-// Whether ClassWise can use logits and gradient where they lie.
-template <class T>
-bool lies_in_rows(const SoftmaxCeArguments& a) {
-  const ClassOperand* operands[] = {&a.input, &a.gradient};
-  IndexSpace space = class_space(a.classes);
-  for (const ClassOperand* operand : operands) {
-    if (!*operand) continue;
-    Operand classes;
-    classes.dtype = operand->dtype;
-    classes.strides[0] = operand->class_stride;
-    if (!lies_flat<T>(classes, space)) return false;
-  }
-  const Options<RealOf<T>> options(a);
-  return !options.transforms && !options.has_coefficients && !options.has_entropy;
-}
+using Chunk = double (*)(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale);
 
-template <Precision kPrecision>
-double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                        BadLabel* bad) {
-  auto chunk = lies_in_rows<float>(a)      ? class_wise<float, Terms::kPlain, kPrecision>
-               : lies_in_rows<BFloat16>(a) ? class_wise<BFloat16, Terms::kPlain, kPrecision>
-               : lies_in_rows<Float16>(a)  ? class_wise<Float16, Terms::kPlain, kPrecision>
-                                           : class_wise<float, Terms::kAll, kPrecision>;
-  return chunk(a, begin, end, scale, bad);
-}
-
-double softmax_ce_chunk_any(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale,
-                            BadLabel* bad) {
-  // Neighbouring rows are neighbours in memory.
+// Whether a vector is to hold rows: of a few classes, or where neighbouring rows are neighbours in
+// memory.
+inline bool holds_rows(const SoftmaxCeArguments& a) {
   bool in_columns =
       a.input.class_stride != 1 && a.input.strides[0] == 1 && a.rows.sizes[0] >= kLanes;
-  if (a.classes < kManyClasses || in_columns) {
-    const Options<float> options(a);
-    bool plain = !options.has_coefficients && !options.has_entropy;
-    auto chunk = a.in_double        ? row_wise<double, Terms::kAll, Precision::kFull>
-                 : !plain           ? row_wise<float, Terms::kAll, Precision::kFull>
-                 : a.half_precision ? row_wise<float, Terms::kPlain, Precision::kHalf>
-                                    : row_wise<float, Terms::kPlain, Precision::kFull>;
-    return chunk(a, begin, end, scale, bad);
-  }
-  auto chunk = a.in_double        ? class_wise<double, Terms::kAll, Precision::kFull>
-               : a.half_precision ? softmax_ce_chunk<Precision::kHalf>
-                                  : softmax_ce_chunk<Precision::kFull>;
-  return chunk(a, begin, end, scale, bad);
+  return a.classes < kManyClasses || in_columns;
 }
 
-double softmax_ce_weights(const SoftmaxCeArguments& a, int64_t begin, int64_t end) {
+template <class T, Precision kPrecision>
+Chunk class_wise_of(bool has_coefficients) {
+  return has_coefficients ? class_wise<T, Terms::kCoefficients, kPrecision>
+                          : class_wise<T, Terms::kPlain, kPrecision>;
+}
+template <Precision kPrecision>
+Chunk chunk_of(const SoftmaxCeArguments& a) {
+  const Options<float> options(a);
+  if (holds_rows(a)) {
+    bool plain = !options.has_coefficients && !options.has_entropy;
+    return plain ? row_wise<float, Terms::kPlain, kPrecision>
+                 : row_wise<float, Terms::kAll, Precision::kFull>;
+  }
+  if (options.has_entropy) return class_wise<float, Terms::kAll, kPrecision>;
+  if (options.transforms) return class_wise_of<float, kPrecision>(options.has_coefficients);
+  return lies_in_rows<BFloat16>(a)  ? class_wise_of<BFloat16, kPrecision>(options.has_coefficients)
+         : lies_in_rows<Float16>(a) ? class_wise_of<Float16, kPrecision>(options.has_coefficients)
+                                    : class_wise_of<float, kPrecision>(options.has_coefficients);
+}
+
+double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
+  auto chunk = a.in_double ? (holds_rows(a) ? row_wise<double, Terms::kAll, Precision::kFull>
+                                            : class_wise<double, Terms::kAll, Precision::kFull>)
+               : a.half_precision ? chunk_of<Precision::kHalf>(a)
+                                  : chunk_of<Precision::kFull>(a);
+  return chunk(a, begin, end, scale);
+}
+
+Labels softmax_ce_labels(const SoftmaxCeArguments& a, int64_t begin, int64_t end) {
   int64_t labels[kRowsAtOnce];
+  double weights[kRowsAtOnce];
+  const auto classes = static_cast<uint64_t>(a.classes);
+  Labels found;
   Sum sum;
-  int64_t kept = 0;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
     gather(a.target, a.rows, at, count, labels);
-    for (int i = 0; i < count; ++i) kept += labels[i] != a.ignore_index;
-    for (int i = 0; a.weight && i < count; ++i) {
-      if (labels[i] == a.ignore_index || labels[i] < 0 || labels[i] >= a.classes) continue;
-      sum.add(class_weight<double>(a, labels[i]));
+    int64_t kept = 0, bad = 0;
+    for (int i = 0; i < count; ++i) {
+      bool is_kept = labels[i] != a.ignore_index;
+      kept += is_kept;
+      bad += is_kept && static_cast<uint64_t>(labels[i]) >= classes;
     }
+    for (int i = 0; bad > 0; ++i) {
+      if (labels[i] == a.ignore_index || static_cast<uint64_t>(labels[i]) < classes) continue;
+      found.has_bad = true;
+      found.bad = labels[i];
+      return found;
+    }
+    if (!a.weight) {
+      sum.add(static_cast<double>(kept));
+      continue;
+    }
+    if (a.classes == 0) continue;  // and all are ignored
+    for (int i = 0; i < count; ++i) labels[i] = labels[i] == a.ignore_index ? -1 : labels[i];
+    label_weights(a, labels, count, weights);
+    constexpr int kSums = 8;
+    double sums[kSums] = {};
+    for (int i = count; i % kSums != 0; ++i) weights[i] = 0;
+    for (int i = 0; i < count; i += kSums) {
+      for (int j = 0; j < kSums; ++j) sums[j] += weights[i + j];
+    }
+    for (double part : sums) sum.add(part);
   }
-  return a.weight ? sum.total() : static_cast<double>(kept);
+  found.weights = sum.total();
+  return found;
 }
 
 }  // namespace

@@ -183,6 +183,23 @@ FUSED_CE_HOST_DEVICE void store(Float16* p /* [kLanes] */, Floats v) {
 }
 #endif
 
+// The same past the caches, for what will not be read soon; p is a multiple of the vector's size.
+// Other threads see it after stream_end().
+#if defined(__AVX512F__)
+FUSED_CE_HOST_DEVICE void stream(float* p /* [kLanes] */, Floats v) {
+  _mm512_stream_ps(p, (__m512)v);
+}
+FUSED_CE_HOST_DEVICE void stream_end() { _mm_sfence(); }
+#elif defined(__AVX2__)
+FUSED_CE_HOST_DEVICE void stream(float* p /* [kLanes] */, Floats v) {
+  _mm256_stream_ps(p, (__m256)v);
+}
+FUSED_CE_HOST_DEVICE void stream_end() { _mm_sfence(); }
+#else
+FUSED_CE_HOST_DEVICE void stream(float* p /* [kLanes] */, Floats v) { store(p, v); }
+FUSED_CE_HOST_DEVICE void stream_end() {}
+#endif
+
 // Two vectors at once, in the order of T: the first half of the elements and the second, but of
 // bfloat16 those in even places and those in odd ones, which a shift and a mask take apart. What is
 // loaded beside T's elements is brought into their order.
@@ -229,6 +246,39 @@ FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [2] */, Two<V>
     store(p + sizeof(V) / sizeof(ScalarOf<V>), v.second);
   }
 }
+
+// Which lanes of two vectors one step of `transpose` puts into the first and into the second.
+struct Turns {
+  alignas(64) int32_t first[4][kLanes] = {}, second[4][kLanes] = {};  // [log2(kLanes)][kLanes]
+  constexpr Turns() {
+    for (int step = 0; 1 << step < kLanes; ++step) {
+      for (int j = 0, bit = 1 << step; j < kLanes; ++j) {
+        first[step][j] = j & bit ? kLanes + j - bit : j;
+        second[step][j] = j & bit ? kLanes + j : j + bit;
+      }
+    }
+  }
+};
+
+// Rows to columns: in each step, a bit of an element's row changes places with that of its lane.
+FUSED_CE_HOST_DEVICE void transpose(Floats (&square)[kLanes]) {
+  static constexpr Turns kTurns;
+#pragma GCC unroll 4
+  for (int step = 0; 1 << step < kLanes; ++step) {
+    Ints first, second;
+    memcpy(&first, kTurns.first[step], sizeof(first));
+    memcpy(&second, kTurns.second[step], sizeof(second));
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i >> step & 1) continue;
+      Floats low = square[i], high = square[i + (1 << step)];
+      square[i] = __builtin_shuffle(low, high, first);
+      square[i + (1 << step)] = __builtin_shuffle(low, high, second);
+    }
+  }
+}
+
+FUSED_CE_HOST_DEVICE void transpose(double (&)[1]) {}
 
 template <class Real, class T>
 FUSED_CE_HOST_DEVICE Real to_real(T x) {
@@ -331,6 +381,24 @@ void for_each_run(const Operand& operand, const IndexSpace& space, int64_t begin
   }
 }
 
+// Elements that lie one behind another, as Real.
+template <class T, class Real>
+void load_run(const T* p, int count, Real* to) {  // [count]
+  int i = 0;
+  if constexpr (sizeof(Real) == 4 && sizeof(T) == 2 && __is_class(T)) {
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(p + i));
+  }
+  for (; i < count; ++i) to[i] = to_real<Real>(p[i]);
+}
+template <class T, class Real>
+void store_run(const Real* from, int count, T* p) {  // [count]
+  int i = 0;
+  if constexpr (sizeof(Real) == 4 && sizeof(T) == 2 && __is_class(T)) {
+    for (; i + kLanes <= count; i += kLanes) store(p + i, load(from + i));
+  }
+  for (; i < count; ++i) p[i] = from_real<T>(from[i]);
+}
+
 // Elements begin .. begin + count as Real.
 template <class Real>
 __attribute__((noinline)) void gather(const Operand& operand, const IndexSpace& space,
@@ -340,18 +408,13 @@ __attribute__((noinline)) void gather(const Operand& operand, const IndexSpace& 
     for_each_run<const T>(operand, space, begin, count,
                           [&](const T* p, int64_t stride, int length, int place) {
                             Real* to = out + place;
-                            int i = 0;
                             if (stride == 1) {
-                              if constexpr (sizeof(Real) == 4 && sizeof(T) == 2 && __is_class(T)) {
-                                for (; i + kLanes <= length; i += kLanes)
-                                  store(to + i, load(p + i));
-                              }
-                              for (; i < length; ++i) to[i] = to_real<Real>(p[i]);
+                              load_run(p, length, to);
                             } else if (stride == 0) {
                               Real value = to_real<Real>(*p);
-                              for (; i < length; ++i) to[i] = value;
+                              for (int i = 0; i < length; ++i) to[i] = value;
                             } else {
-                              for (; i < length; ++i) to[i] = to_real<Real>(p[i * stride]);
+                              for (int i = 0; i < length; ++i) to[i] = to_real<Real>(p[i * stride]);
                             }
                           });
   });
@@ -364,15 +427,10 @@ __attribute__((noinline)) void scatter(const Real* from /* [count] */, const Ope
   with_float_type(operand.dtype, [&](auto type) {
     using T = decltype(type);
     for_each_run<T>(operand, space, begin, count, [&](T* p, int64_t stride, int length, int place) {
-      const Real* values = from + place;
-      int i = 0;
       if (stride == 1) {
-        if constexpr (sizeof(Real) == 4 && sizeof(T) == 2 && __is_class(T)) {
-          for (; i + kLanes <= length; i += kLanes) store(p + i, load(values + i));
-        }
-        for (; i < length; ++i) p[i] = from_real<T>(values[i]);
+        store_run(from + place, length, p);
       } else {
-        for (; i < length; ++i) p[i * stride] = from_real<T>(values[i]);
+        for (int i = 0; i < length; ++i) p[i * stride] = from_real<T>(from[place + i]);
       }
     });
   });
