@@ -147,7 +147,7 @@ def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, d
         (67, 2),  # rows for whole vectors, and a tail
         (33, 3),
         (67, 10),
-        (150, 21),  # squares of rows and classes turned over, and what is left of both
+        (1030, 21),  # squares of rows and classes turned over, and what is left of both
         (3, 15),
         (3, 16),
         (3, 17),  # around a vector of AVX-512

@@ -669,7 +669,7 @@ struct RowWise {
     alignas(64) Real coefficients[kRowsAtOnce], label[kRowsAtOnce];
     Real class_coefficients[kRowBlock];  // [classes of a block]: where all rows have the same
     int32_t place[kRowsAtOnce];
-    Sums sums, part;
+    Sums sums, part, lost;
     alignas(64) Real factor[4][kRowsAtOnce];
     Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
   };
@@ -850,7 +850,8 @@ struct RowWise {
       }
       V label = load(b.label + i), label_logit = load(rows.label_logit + i);
       V reference = finite_reference(sums.reference);
-      // The terms of a few classes are added up by themselves, to round less than in a long sum.
+      // The terms of a few classes are added up by themselves.
+      SoftmaxSums<V> lost{};
       for (int first = 0; first < classes; first += kClassesPerSum) {
         int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
         SoftmaxSums<V> part{};
@@ -861,14 +862,20 @@ struct RowWise {
           V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
           if (keeps) store(b.logits + k * stride + i, e);
         }
-        sums = sum_of(sums, part);
+        sums = sum_of(sums, part, lost);
       }
+      sums = sum_of(sums, lost);
       store(rows.label_logit + i, label_logit);
       b.sums.put(i, sums);
     }
-    for (int first = 0; weighs && first < classes; first += kClassesPerSum) {
+    if (!weighs) return;
+    for (int i = 0; i < padded; i += kWidth) b.lost.put(i, SoftmaxSums<V>{});
+    for (int first = 0; first < classes; first += kClassesPerSum) {
       int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
       add_weighted(c, first, last, keeps);
+    }
+    for (int i = 0; i < padded; i += kWidth) {
+      b.sums.put(i, sum_of(b.sums.at(i), b.lost.at(i)));
     }
   }
 
@@ -876,6 +883,25 @@ struct RowWise {
     return {sums.reference, sums.exponentials + part.exponentials,
             sums.coefficients + part.coefficients, sums.cost + part.cost,
             sums.entropy + part.entropy};
+  }
+
+  // The same, where what rounding takes from the sums that the gradient is made of goes to `lost`:
+  // over many classes it would be most of the gradient's error.
+  static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part,
+                               SoftmaxSums<V>& lost) {
+    SoftmaxSums<V> all = sum_of(sums, part);
+    auto rounding = [](V before, V term, V after) __attribute__((always_inline)) {
+      V added = after - before;
+      V rest = (before - (after - added)) + (term - added);
+      return rest == rest ? rest : V{};  // of an infinite sum it is NaN
+    };
+    if constexpr (kPrecision == Precision::kFull) {
+      lost.exponentials += rounding(sums.exponentials, part.exponentials, all.exponentials);
+      if constexpr (kAll) {
+        lost.coefficients += rounding(sums.coefficients, part.coefficients, all.coefficients);
+      }
+    }
+    return all;
   }
 
   // Classes c + first .. c + last, whose coefficients are read one class at a time.
@@ -896,7 +922,9 @@ struct RowWise {
       }
     }
     for (int i = 0; i < padded; i += kWidth) {
-      b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i)));
+      SoftmaxSums<V> lost = b.lost.at(i);
+      b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i), lost));
+      b.lost.put(i, lost);
     }
   }
 
