@@ -56,6 +56,32 @@ Array<ScalarOf<V>> map(F f, const Array<ScalarOf<V>>& first, const More&... more
   return out;
 }
 
+// One row's loss, lse and entropy, and the factors of its gradient: [7, length].
+template <class V>
+Array<ScalarOf<V>> softmax_row(
+    const Array<ScalarOf<V>>& sums,      // [5, length]
+    const Array<ScalarOf<V>>& target,    // [2, length] w_y, l_y
+    const Array<ScalarOf<V>>& upstream,  // [3, length] loss, lse, entropy
+    double z_loss) {
+  py::ssize_t length = sums.shape(1);
+  Array<ScalarOf<V>> out({py::ssize_t{7}, length});
+  const V z = V{} + static_cast<ScalarOf<V>>(z_loss);
+  for (py::ssize_t i = 0; i < length; i += kWidth<V>) {
+    auto at = [&](const Array<ScalarOf<V>>& from, int row) {
+      return take<V>(from, row * length + i);
+    };
+    SoftmaxSums<V> s{at(sums, 0), at(sums, 1), at(sums, 2), at(sums, 3), at(sums, 4)};
+    V weight = at(target, 0);
+    auto row = SoftmaxRow<V>::evaluate(s, true, weight, at(target, 1), z);
+    auto g = SoftmaxGradient<V>::evaluate(s, row, weight, z, at(upstream, 0), at(upstream, 1),
+                                          at(upstream, 2));
+    V results[] = {row.loss,  row.lse,       row.entropy, g.exponential,
+                   g.entropy, g.coefficient, g.label};
+    for (int k = 0; k < 7; ++k) put(results[k], out.mutable_data() + k * length + i, length - i);
+  }
+  return out;
+}
+
 template <class V>
 void define_math(py::module_ m) {
   using Values = const Array<ScalarOf<V>>&;
@@ -83,6 +109,7 @@ void define_math(py::module_ m) {
                                  static_cast<Scalar>(gamma), static_cast<Scalar>(parity), power};
     return map<V>([&](V v, V u) { return FocalLogits::evaluate<kFull>(v, u, options); }, x, t);
   });
+  m.def("softmax_row", &softmax_row<V>);
 }
 
 // T's bits to floats and back; the length must be a multiple of kWidth<V>.

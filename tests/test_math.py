@@ -303,6 +303,70 @@ def to_bits(values: torch.Tensor) -> Any:
     return values.view(torch.int16).numpy().view(np.uint16)
 
 
+def exact_softmax_row(logits: Any, b: Any, y: int, weight: Any, z: Any, upstream: Any) -> Any:
+    """Loss, lse, entropy and d / d l_c of all together, by the definitions of csrc/math.h."""
+    logits, b, upstream = ([mpmath.mpf(float(v)) for v in row] for row in (logits, b, upstream))
+    weight = mpmath.mpf(float(weight))
+    lse = mpmath.log(mpmath.fsum(mpmath.exp(x) for x in logits))
+    p = [mpmath.exp(x - lse) for x in logits]
+    entropy = lse - mpmath.fsum(q * x for q, x in zip(p, logits, strict=True))
+    spread = mpmath.fsum(c * (lse - x) for c, x in zip(b, logits, strict=True))
+    loss = weight * (lse - logits[y]) + spread + z * lse**2
+    gradients = []
+    for c, (q, x) in enumerate(zip(p, logits, strict=True)):
+        of_loss = (weight + mpmath.fsum(b) + 2 * z * lse) * q - b[c] - (weight if c == y else 0)
+        of_entropy = -q * (x - lse + entropy)
+        gradients.append(upstream[0] * of_loss + upstream[1] * q + upstream[2] * of_entropy)
+    return [np.longdouble(float(v)) for v in (loss, lse, entropy, *gradients)]
+
+
+@pytest.mark.parametrize("z_loss", [0, 1 / 8])
+def test_softmax_row(bindings: Any, kind: str, z_loss: float) -> None:
+    dtype, generator = dtype_of(kind), np.random.default_rng(0)
+    rows, classes = 67, 5  # rows for whole vectors, and a tail
+    logits = generator.normal(0, 4, (rows, classes)).astype(dtype)
+    logits[0] = 0  # as large an entropy as there is
+    logits[1] = [80, -80, 0, 0, 0]  # as small a one
+    b = generator.uniform(0, 1, (rows, classes)).astype(dtype)
+    b[::2] = 0  # rows without coefficients
+    weight = generator.uniform(0, 2, rows).astype(dtype)
+    y = generator.integers(classes, size=rows)
+    upstream = generator.normal(0, 1, (3, rows)).astype(dtype)
+
+    reference = logits.max(1)
+    below = np.longdouble(reference)[:, None] - logits
+    e = np.exp(-below)
+    sums = [reference, e.sum(1), b.sum(1, dtype=np.longdouble), (b * below).sum(1)]
+    sums = np.stack([*sums, (e * below).sum(1)]).astype(dtype)
+    target = np.stack([weight, logits[np.arange(rows), y]])
+    found = getattr(bindings, kind).softmax_row(sums, target, upstream, z_loss)
+    loss, lse, entropy = found[:3]
+    of_exponential, of_entropy, of_coefficient, of_label = np.longdouble(found[3:])[..., None]
+    gradient = e * (of_exponential + of_entropy * below) - b * of_coefficient
+    gradient[np.arange(rows), y] -= of_label[:, 0]
+
+    with mpmath.workdps(40):
+        exact = np.array(
+            [
+                exact_softmax_row(logits[i], b[i], y[i], weight[i], z_loss, upstream[:, i])
+                for i in range(rows)
+            ]
+        )
+    # The units are of the terms, which cancel: half a one for the sums that come in, the rest for
+    # the four or five roundings between these and a result.
+    log_sum, total = np.log(sums[1]) + 1, weight + sums[2]
+    square = z_loss * (np.abs(reference) + log_sum) ** 2
+    assert_within(2, lse, exact[:, 1], terms=np.abs(reference) + log_sum)
+    assert_within(3, entropy, exact[:, 2], terms=log_sum + sums[4] / sums[1])
+    terms = weight * (reference - target[1]) + sums[3] + total * log_sum + square
+    assert_within(3, loss, exact[:, 0], terms=terms)
+    of_loss, of_lse, of_entropy = np.abs(upstream)[..., None]
+    terms = of_loss[:, 0] * (total + 2 * z_loss * (np.abs(reference) + log_sum)) + of_lse[:, 0]
+    terms = terms[:, None] + of_entropy * (log_sum[:, None] + below)
+    terms = terms * e / sums[1][:, None] + of_loss * (b + weight[:, None])
+    assert_within(3, gradient.astype(dtype).ravel(), exact[:, 3:].ravel(), terms=np.ravel(terms))
+
+
 @pytest.mark.parametrize("name", HALVES)
 @pytest.mark.parametrize("code", ["scalar", "vector"])
 def test_widen(bindings: Any, code: str, name: str) -> None:
