@@ -111,8 +111,8 @@ def check(
         theirs = run(F.cross_entropy, x, target, upstream=upstream, **options)
     for i, name in enumerate(Result._fields):
         a, b = ours[i], right[i]
-        # The exponential of a GPU may be 2 ulp off.
-        allowed = floor * FLOOR[a.dtype] * (1.5 if device == "cuda" else 1)
+        # The exponential of a GPU may be 2 ulp off, and one thread adds up to 32 terms in a row.
+        allowed = floor * FLOOR[a.dtype] * (2 if device == "cuda" else 1)
         scale = 1.0
         if name == "gradient" and b.numel():
             single = x.size(min(1, x.dim() - 1)) == 1  # whose gradient is 0
