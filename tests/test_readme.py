@@ -64,6 +64,9 @@ FEATURES = {
     "same bits on any number of CPU threads": [
         "test_bce.py::test_same_bits_on_any_number_of_threads"
     ],
+    "softmax: memory of forward and backward, in sizes of the logits": [
+        "test_softmax_ce.py::test_memory"
+    ],
     "binary: memory of forward and backward, in sizes of the logits": ["test_bce.py::test_memory"],
     "`inplace_backward`, which needs none": [
         "test_bce.py::test_inplace_backward",
