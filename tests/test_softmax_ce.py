@@ -111,8 +111,8 @@ def check(
         theirs = run(F.cross_entropy, x, target, upstream=upstream, **options)
     for i, name in enumerate(Result._fields):
         a, b = ours[i], right[i]
-        # The exponential of a GPU may be 2 ulp off, and one thread adds up to 32 terms in a row.
-        allowed = floor * FLOOR[a.dtype] * (2 if device == "cuda" else 1)
+        # The exponential of a GPU may be 2 ulp off.
+        allowed = floor * FLOOR[a.dtype] * (1.5 if device == "cuda" else 1)
         scale = 1.0
         if name == "gradient" and b.numel():
             single = x.size(min(1, x.dim() - 1)) == 1  # whose gradient is 0
@@ -172,8 +172,10 @@ def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, d
 def test_classes(rows: int, classes: int, dtype: torch.dtype, device: str) -> None:
     x = make_logits((rows, classes), dtype)
     for t in (make_labels(x.shape), make_probabilities(x.shape)):
+        # With probabilities one thread of a GPU adds up as many as 32 terms one after another.
+        in_a_row = device == "cuda" and t.is_floating_point() and classes <= 32
         for reduction in REDUCTIONS:
-            check(x, t, device, reduction=reduction)
+            check(x, t, device, reduction=reduction, floor=4 / 3 if in_a_row else 1)
 
 
 # As wide as the contract promises; a second of float64 on the CPU.
