@@ -79,10 +79,14 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
         for row in todo:
             bar.update(task, description=f"{row.case} {row.passes} {row.dtype} {row.size}")
             try:
-                records += measure(row, options.against, options.repeats, options.seconds, copy)
+                measured, failures = measure(
+                    row, options.against, options.repeats, options.seconds, copy
+                )
             except WrongResultError as error:
                 print(error, file=sys.stderr)
                 return 1
+            records += measured
+            about["absent"] += [f"{name}, {row}: {why}" for name, why in failures.items()]
             bar.advance(task)
     report.show(records, about)
     if options.csv:

@@ -48,16 +48,20 @@ class WrongResultError(Exception):
     """Our own result is off: there is nothing worth timing."""
 
 
-def measure(row: Row, rivals: list[str], repeats: int, seconds: float, copy: float) -> list[Record]:
+def measure(
+    row: Row, rivals: list[str], repeats: int, seconds: float, copy: float
+) -> tuple[list[Record], dict[str, str]]:
+    """A record of each contender, and why those rivals that have none raised an error."""
     contenders = row.contenders(rivals)
     feed = Feed(row)
-    errors = _check(row, contenders, feed)
+    errors, failures = _check(row, contenders, feed)
+    contenders = {name: function for name, function in contenders.items() if name in errors}
     rounds, steps = _time(row, contenders, feed, repeats, seconds)
     ours = median(rounds[OURS])
     logits = feed.inputs.logits.nbytes
     moved = feed.inputs.nbytes + (logits if row.passes != "forward" else 0)
     del feed  # the child that finds the peaks makes its own
-    peaks = peak_bytes(row, rivals)
+    peaks = peak_bytes(row, [name for name in rivals if name in errors])
     records = []
     for name, times in rounds.items():
         ordered = sorted(times)
@@ -89,26 +93,37 @@ def measure(row: Row, rivals: list[str], repeats: int, seconds: float, copy: flo
                 }
             )
         )
-    return records
+    return records, failures
 
 
 def _check(
     row: Row, contenders: dict[str, Function], feed: Feed
-) -> dict[str, tuple[float, float | None]]:
+) -> tuple[dict[str, tuple[float, float | None]], dict[str, str]]:
+    """Errors of loss and gradient; of a rival that raises, the message instead."""
     loss_entry, case = row.entry()
     right_loss, right_gradient = exact(case, loss_entry, feed.inputs)
-    errors = {}
-    for name, function in contenders.items():
+
+    def errors_of(function: Function) -> tuple[float, float | None]:
+        # All sets hold the same numbers.
         (inputs,) = feed.take(1)
         loss = function(inputs.logits, inputs.target, **inputs.options)
         gradient_error = None
         if row.passes != "forward":
             gradient = torch.autograd.grad(loss, inputs.leaf)[0]
             gradient_error = _gradient_error(gradient, right_gradient)
-        errors[name] = abs(loss.item() - right_loss) / abs(right_loss), gradient_error
+        return abs(loss.item() - right_loss) / abs(right_loss), gradient_error
+
+    errors, failures = {}, {}
+    for name, function in contenders.items():
+        try:
+            errors[name] = errors_of(function)
+        except Exception as error:
+            if name == OURS:
+                raise
+            failures[name] = str(error).strip().partition("\n")[0]
     if not _accurate(row, errors[OURS]):
         raise WrongResultError(f"wrong result for {row}: errors of loss, gradient {errors[OURS]}")
-    return errors
+    return errors, failures
 
 
 def _gradient_error(gradient: Tensor, right: Tensor) -> float:
