@@ -26,6 +26,17 @@ __device__ __forceinline__ T from_lane(T value) {
   }
 }
 
+// A sum of sums of pairs: its rounding grows with the logarithm of the number of terms alone.
+template <int kCount, class T>
+__device__ __forceinline__ T pairwise_sum(T (&terms)[kCount]) {  // [kCount] overwritten
+#pragma unroll
+  for (int width = 1; width < kCount; width *= 2) {
+#pragma unroll
+    for (int i = 0; i + width < kCount; i += 2 * width) terms[i] += terms[i + width];
+  }
+  return terms[0];
+}
+
 // The sum and the largest over `kWidth` neighbouring lanes, in all of them.
 template <int kWidth = 32, class T>
 __device__ __forceinline__ T warp_sum(T value) {

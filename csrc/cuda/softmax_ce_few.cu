@@ -95,6 +95,8 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
   constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies at most
+  // A lane's exponentials go to so many sums in turn: the roundings of a single one would add up.
+  constexpr int kSums = kPrecision == Precision::kHalf ? 1 : kPerLane > 4 ? 4 : 2;
   constexpr int kSureVectors = kFewest / kCount > 0 ? kFewest / kCount : 1;  // of a full tile
   using Vector = Group<T, kCount>;
   __shared__ alignas(16) T tile[kThreads * kPerLane];
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     sums.reference = warp_max<kGroup>(top);
     // From the logits in `e`, or again from those in the tile.
     auto exponentiate = [&]<bool kFinite>() {
-      sums.exponentials = 0;
+      float parts[kSums] = {};
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (i >= kFewest && i * kGroup >= end) break;
@@ -169,11 +171,15 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
         e[i] -= sums.reference;
         if (kFinite && !kPlain && p.has_coefficients) sums.cost -= e[i];
         e[i] = math::exp_shifted<kPrecision, kFinite>(e[i]);
-        sums.exponentials += e[i];
+        parts[i % kSums] = i < kSums ? e[i] : parts[i % kSums] + e[i];
       }
+      sums.exponentials = pairwise_sum(parts);
     };
     exponentiate.template operator()<true>();
-    if (sums.exponentials != sums.exponentials) exponentiate.template operator()<false>();
+    if (sums.exponentials != sums.exponentials) {
+      asm volatile("" ::: "memory");  // so that registers keep nothing for so rare a row
+      exponentiate.template operator()<false>();
+    }
     sums.exponentials = warp_sum<kGroup>(sums.exponentials);
     if (!kPlain && p.has_coefficients) {
       sums.cost = share * warp_sum<kGroup>(sums.cost);

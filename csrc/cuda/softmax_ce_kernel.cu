@@ -130,23 +130,42 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool reads = exists && (target.is_kept || p.reads_all);
 
     Sums sums = Sums::none();
+    // A thread may add up a whole row, class by class. What rounding takes from the sums that the
+    // gradient is made of would be most of the gradient's error: it is added in the end. It is
+    // found exactly where no term is negative.
+    Real lost_exponentials = 0, lost_coefficients = 0;
+    auto add = [](Real& sum, Real& lost, Real term) {
+      Real all = sum + term;
+      lost += fmin(sum, term) - (all - fmax(sum, term));
+      sum = all;
+    };
+    auto settle = [](Real& sum, Real& lost) {
+      if (lost == lost) sum += lost;  // of an infinite sum it is NaN
+      lost = 0;
+    };
     auto top = Largest<Real>::none(), top_target = top;
 #pragma unroll 1
     for (int64_t c = lane; reads && c < p.classes; c += group) {
       auto l = r.logit(c);
-      sums.admit(l.value);
+      if (sums.lacks_room(l.value)) {
+        settle(sums.exponentials, lost_exponentials);
+        sums.refer_to(l.value);
+      }
       Real shifted = l.value - sums.reference;
       Real e = Sums::exponential(shifted);
-      sums.exponentials += e;
+      add(sums.exponentials, lost_exponentials, e);
       if (wants_entropy) sums.entropy -= e * finite(shifted);
       if (p.has_coefficients) {
         Real b = r.coefficient(c);
-        sums.coefficients += b;
+        add(sums.coefficients, lost_coefficients, b);
         sums.cost -= b * shifted;
       }
       if (wants_top) top.offer(l.raw, c);
       if (wants_target) top_target.offer(r.probability(c), c);
     }
+
+    settle(sums.exponentials, lost_exponentials);
+    settle(sums.coefficients, lost_coefficients);
 
     auto combine = [&]<int kWidth>() {
       sums.template combine<kWidth>(p.has_coefficients);

@@ -100,9 +100,11 @@ struct RowSums : SoftmaxSums<Real> {
     reference = to;
   }
 
+  __device__ __forceinline__ bool lacks_room(Real top) const { return top > reference + kSlack; }
+
   // Makes room for logits of which `top` is the largest.
   __device__ __forceinline__ void admit(Real top) {
-    if (top > reference + kSlack) refer_to(top);
+    if (lacks_room(top)) refer_to(top);
   }
 
   // Logits before their scale, with coefficients of 1 if any.
@@ -122,7 +124,8 @@ struct RowSums : SoftmaxSums<Real> {
       for (int i = 0; i < kCount; ++i) cost -= shifted[i];
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) exponentials += exponential(shifted[i]);
+    for (int i = 0; i < kCount; ++i) shifted[i] = exponential(shifted[i]);
+    exponentials += pairwise_sum(shifted);
   }
 
   // Adds up those of `kWidth` neighbouring lanes, in all of them.
