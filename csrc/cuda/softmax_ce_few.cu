@@ -3,83 +3,141 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "softmax_row.cuh"
 
 namespace fused_ce {
 namespace {
 
-// Classes that lie apart: a thread takes a row, and its neighbours' rows lie beside it. The second
-// read, for the gradient, comes from cache.
-template <class T, bool kGradient>
+// Classes that lie apart: a thread takes kRows rows that lie side by side, and its neighbours' rows
+// lie beside these. The second read, for the gradient, comes from cache. `alike` are logits and
+// gradient that have the same strides: a row's offset costs as much as several classes.
+template <class T, bool kGradient, bool kPlain, int kRows>
 __global__ void __launch_bounds__(kThreads, 4)
-    spread_kernel(const __grid_constant__ SoftmaxCeParams p) {
+    spread_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
+  using Rows = Group<T, kRows>;
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
-  const float logit_scale = p.in_float.logit_scale;
-  const float share = p.in_float.share;
+  const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+  const float share = kPlain ? 0.0f : p.in_float.share;
+  const bool has_coefficients = !kPlain && p.has_coefficients;
+  const bool reads_all = !kPlain && p.reads_all;
   float loss = 0;
 
-  // Calls f<8>, f<4> or f<1> for successive classes.
+  // Calls f<kN> for the next kN classes, of which 8 fit into registers.
   auto for_classes = [&](const auto& f) {
-    int64_t c = 0;
+    int left = static_cast<int>(p.classes);
 #pragma unroll 1
-    for (; c + 8 <= p.classes; c += 8) f.template operator()<8>(c);
-    if (c + 4 <= p.classes) f.template operator()<4>(c), c += 4;
-#pragma unroll 1
-    for (; c < p.classes; ++c) f.template operator()<1>(c);
+    for (; left >= 8; left -= 8) f.template operator()<8>();
+    if (left & 4) f.template operator()<4>();
+    if (left & 2) f.template operator()<2>();
+    if (left & 1) f.template operator()<1>();
+  };
+  // The logits of kN classes, for each row, from `x` on, which goes on to the next class.
+  auto load_classes = [&]<int kN>(const T*& x, float (&logits)[kRows][kN]) {
+    Rows raw[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i, x += p.input_stride) raw[i] = *reinterpret_cast<const Rows*>(x);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      float of_class[kRows];
+      unpack(raw[i], of_class);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) logits[r][i] = of_class[r];
+    }
   };
 
-  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < p.rows.numel;
-       row += step) {
-    RowTarget<float> target = load_target<float>(p, row);
-    bool reads = target.is_kept || p.reads_all;
-    const T* x = static_cast<const T*>(p.input.data) + row_offset(p.input, p.rows, row);
-    auto sums = RowSums<float, Terms::kPlain>::none();
-    SoftmaxRow<float> result{};
-    float label_logit = 0;
-    if (reads) {
-      for_classes([&]<int kN>(int64_t c) {
-        float logits[kN];
+  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kRows;
+  int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRows;
+  for (; row < p.rows.numel; row += step) {
+    RowTarget<float> targets[kRows];
+    bool reads = false;
 #pragma unroll
-        for (int i = 0; i < kN; ++i) logits[i] = to_real<float>(x[(c + i) * p.input_stride]);
-        sums.add(logits, logit_scale, p.has_coefficients);
-      });
-      sums.coefficients *= share;
-      sums.cost *= share;
-      if (target.label >= 0) {
-        label_logit = to_real<float>(x[target.label * p.input_stride]) * logit_scale;
-      }
-      result = row_result(p, target, sums, label_logit, true);
+    for (int r = 0; r < kRows; ++r) {
+      targets[r] = load_target<float, kPlain>(p, row + r);
+      reads |= targets[r].is_kept || reads_all;
     }
-    loss += result.loss;
-    store_result(p, row, result);
+    const int64_t offset = row_offset(p.input, p.rows, row);
+    const T* x = static_cast<const T*>(p.input.data) + offset;
+    using Sums = RowSums<float, Terms::kPlain>;
+    Sums sums[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] = Sums::none();
+    if (reads) {
+      const T* from = x;
+      for_classes([&]<int kN>() {
+        float logits[kRows][kN];
+        load_classes(from, logits);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) sums[r].add(logits[r], logit_scale, has_coefficients);
+      });
+    }
+
+    // Of rows with a gradient; a label of -1 is none.
+    bool wants[kRows], any_wants = false;
+    float factor[kRows], shift[kRows], at_label[kRows];
+    int labels[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const RowTarget<float>& target = targets[r];
+      SoftmaxRow<float> result{};
+      float label_logit = 0;
+      wants[r] = false;
+      labels[r] = -1;
+      if (target.is_kept || reads_all) {
+        sums[r].coefficients *= share;
+        sums[r].cost *= share;
+        if (target.label >= 0) {
+          label_logit = to_real<float>(x[target.label * p.input_stride + r]) * logit_scale;
+        }
+        result = row_result<kPlain>(p, target, sums[r], label_logit, true);
+        if (kGradient && has_gradient<kPlain>(p, target)) {
+          auto g = row_gradient<kPlain>(p, row + r, target, sums[r], result, scale);
+          factor[r] = g.exponential * logit_scale;
+          shift[r] = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+          float e = math::exp_shifted<kPrecision>(label_logit - sums[r].reference);
+          at_label[r] = fmaf(e, factor[r], shift[r]) - g.label * logit_scale;
+          labels[r] = static_cast<int>(target.label);
+          wants[r] = any_wants = true;
+        }
+      }
+      loss += result.loss;
+      if constexpr (!kPlain) store_result(p, row + r, result);
+    }
 
     if constexpr (kGradient) {
-      T* dx = static_cast<T*>(p.gradient.data) + row_offset(p.gradient, p.rows, row);
-      if (!reads || !has_gradient(p, target)) {
-        for (int64_t c = 0; c < p.classes; ++c) dx[c * p.gradient_stride] = from_real<T>(0.0f);
+      T* dx = static_cast<T*>(p.gradient.data);
+      dx += alike ? offset : row_offset(p.gradient, p.rows, row);
+      T* to = dx;
+      if (!any_wants) {
+        float none[kRows] = {};
+        for (int64_t c = 0; c < p.classes; ++c, to += p.gradient_stride) {
+          store_whole(reinterpret_cast<Rows*>(to), none);
+        }
         continue;
       }
-      auto g = row_gradient(p, row, target, sums, result, scale);
-      const float factor = g.exponential * logit_scale;
-      const float shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
-      for_classes([&]<int kN>(int64_t c) {
-        float values[kN];
+      const T* from = x;
+      for_classes([&]<int kN>() {
+        float logits[kRows][kN];
+        load_classes(from, logits);
 #pragma unroll
-        for (int i = 0; i < kN; ++i) values[i] = to_real<float>(x[(c + i) * p.input_stride]);
+        for (int i = 0; i < kN; ++i, to += p.gradient_stride) {
+          float gradients[kRows];
 #pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          float shifted = fmaf(values[i], logit_scale, -sums.reference);
-          dx[(c + i) * p.gradient_stride] =
-              from_real<T>(fmaf(math::exp_shifted<kPrecision>(shifted), factor, shift));
+          for (int r = 0; r < kRows; ++r) {
+            float shifted = fmaf(logits[r][i], logit_scale, -sums[r].reference);
+            float g = fmaf(math::exp_shifted<kPrecision>(shifted), factor[r], shift[r]);
+            // An ignored row may hold anything.
+            gradients[r] = kRows == 1 || wants[r] ? g : 0.0f;
+          }
+          store_whole(reinterpret_cast<Rows*>(to), gradients);
         }
       });
-      if (target.label >= 0) {
-        float e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
-        dx[target.label * p.gradient_stride] =
-            from_real<T>(fmaf(e, factor, shift) - g.label * logit_scale);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (labels[r] >= 0) dx[labels[r] * p.gradient_stride + r] = from_real<T>(at_label[r]);
       }
     }
   }
@@ -389,9 +447,17 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
 }
 
 template <class T, bool kGradient, bool kPlain>
+void launch_spread(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  bool alike = std::equal(p.input.strides, p.input.strides + p.rows.rank, p.gradient.strides);
+  auto* kernel = plan.rows == 2 ? spread_kernel<T, kGradient, kPlain, 2>
+                                : spread_kernel<T, kGradient, kPlain, 1>;
+  kernel<<<plan.blocks, kThreads, 0, stream>>>(p, alike);
+}
+
+template <class T, bool kGradient, bool kPlain>
 void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   if (plan.kernel == SoftmaxCePlan::kSpread) {
-    spread_kernel<T, kGradient><<<plan.blocks, kThreads, 0, stream>>>(p);
+    launch_spread<T, kGradient, kPlain>(p, plan, stream);
   } else if (plan.kernel == SoftmaxCePlan::kPair) {
     pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
   } else if (plan.group == 4) {

@@ -274,6 +274,20 @@ bool is_dense(const SoftmaxCeArguments& a) {
   return a.input.class_stride == 1 && (!a.gradient || a.gradient.class_stride == 1);
 }
 
+// How many neighbouring rows a thread may take: two, where each class of these is one aligned
+// access and there remains a block for every multiprocessor.
+int rows_a_thread(const SoftmaxCeArguments& a, const DeviceLimits& device) {
+  auto has_pairs = [&](const ClassOperand& operand) {
+    if (!operand) return true;
+    bool even = operand.strides[0] == 1 && operand.class_stride % 2 == 0 &&
+                reinterpret_cast<uintptr_t>(operand.data) % (2 * size_of(operand.dtype)) == 0;
+    for (int d = 1; d < a.rows.rank; ++d) even &= operand.strides[d] % 2 == 0;
+    return even;
+  };
+  bool fills = a.rows.numel >= int64_t{2} * kThreads * device.multiprocessors;
+  return fills && a.rows.sizes[0] % 2 == 0 && has_pairs(a.input) && has_pairs(a.gradient) ? 2 : 1;
+}
+
 }  // namespace
 
 SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& device) {
@@ -334,7 +348,8 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
   } else if (is_simple(a) && is_plain && rows >= 64 * device.multiprocessors) {
     plan.kernel = SoftmaxCePlan::kSpread;
     plan.group = 1;
-    plan.blocks = at_most((rows + kThreads - 1) / kThreads, 8 * device.multiprocessors);
+    plan.rows = rows_a_thread(a, device);
+    plan.blocks = at_most((rows / plan.rows + kThreads - 1) / kThreads, 8 * device.multiprocessors);
   } else {
     plan.kernel = SoftmaxCePlan::kGeneral;
     // Neighbouring threads take neighbouring classes or, where classes lie apart, rows; unless rows

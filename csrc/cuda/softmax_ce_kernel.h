@@ -58,6 +58,7 @@ struct SoftmaxCePlan {
   enum Kernel { kGeneral, kSpread, kPair, kFew, kWarp, kBlock, kCluster };
   Kernel kernel;
   int group;  // threads a row, of a warp or the block
+  int rows;   // side by side, that a thread of kSpread takes
   Terms terms;
   bool aligned;      // whether logits and gradient begin at a multiple of 16 bytes
   int cluster;       // blocks a row
