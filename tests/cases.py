@@ -271,14 +271,17 @@ def run(
 
 
 def on(tensor: Tensor, device: str) -> Tensor:
-    """The tensor on the device with its strides, which `.to` keeps for dense tensors only."""
+    """The tensor on the device with its strides, which `.to` keeps for dense tensors only, and as
+    far past an aligned address."""
     if tensor.device.type == device:
         return tensor
     extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     if tensor.numel() == 0:
         return tensor.to(device)
-    storage = tensor.as_strided((extent,), (1,)).to(device)
-    return storage.as_strided(tensor.shape, tensor.stride())
+    offset = tensor.storage_offset() % 16
+    storage = torch.empty(offset + extent, dtype=tensor.dtype, device=device)
+    storage[offset:] = tensor.as_strided((extent,), (1,))
+    return storage.as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def ulps(actual: Tensor, exact: Tensor, scale: float = 0.0) -> float:

@@ -243,6 +243,76 @@ def test_rows_and_columns_apart(step: int, device: str) -> None:
     check(wide[::2, 3:100], make_labels((5, 97)), device)
 
 
+# Logits whose rows lie side by side: (shape, strides, storage offset). A GPU's thread takes two
+# rows where each class of both is one aligned access; of the 98568 rows here there are enough for
+# that on up to 192 multiprocessors. From "odd images" on, pairs would reach across an end or be
+# unaligned.
+SIDE = 222
+AREA = SIDE * SIDE
+SIDE_BY_SIDE = {
+    "in pairs": ((2, 15, SIDE, SIDE), (15 * AREA, AREA, SIDE, 1), 0),  # 15: 8 + 4 + 2 + 1 classes
+    "one image": ((1, 3, 2 * SIDE, SIDE), (1, 2 * AREA, SIDE, 1), 0),
+    "even gaps": ((2, 3, SIDE, SIDE), (3 * AREA + 8, AREA + 2, SIDE, 1), 2),
+    "lines of two": ((2, 3, AREA // 2, 2), (6 * AREA, 2 * AREA, 4, 1), 0),
+    "odd images": ((2, 3, 221, 223), (3 * 221 * 223, 221 * 223, 223, 1), 0),
+    "lines of three": ((2, 3, AREA // 3, 3), (4 * AREA, 4 * AREA // 3, 4, 1), 0),
+    "odd offset": ((2, 3, SIDE, SIDE), (3 * AREA, AREA, SIDE, 1), 1),
+    "odd class stride": ((2, 3, SIDE, SIDE), (3 * AREA + 4, AREA + 1, SIDE, 1), 0),
+    "odd image stride": ((2, 3, SIDE, SIDE), (3 * AREA + 1, AREA, SIDE, 1), 0),
+    "odd line stride": ((2, 3, SIDE, SIDE), (3 * AREA + 666, AREA + SIDE, SIDE + 1, 1), 0),
+    "every second position": ((2, 3, SIDE, SIDE), (6 * AREA, 2 * AREA, 2 * SIDE, 2), 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_rows_side_by_side(name: str, dtype: torch.dtype, device: str) -> None:
+    shape, strides, offset = SIDE_BY_SIDE[name]
+    end = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    x = torch.full((end,), math.nan, dtype=dtype).as_strided(shape, strides, offset)
+    t = ignoring(make_labels(shape))  # in all pairs of kept and ignored ones
+    everything = {
+        "weight": torch.rand(shape[1]).to(dtype),
+        "sample_weight": torch.rand(rows_of(shape)),
+        "logit_scale": 0.7,
+        "z_loss": 0.1,
+        "reduction": "none",
+    }
+    smoothed = {"label_smoothing": 0.1, "reduction": "sum"}
+    for labels, options in ((t, {}), (t, smoothed), (t.int(), everything)):
+        x.copy_(make_logits(shape, dtype))
+        right = check(x, labels, device, beside_torch=not options, floor=3, **options)
+        x.masked_fill_((t == IGNORED)[:, None], math.nan)
+        result = run(cross_entropy, x, labels, device=device, **options)
+        assert torch.equal(result.loss, right.loss)
+        assert torch.equal(result.gradient, right.gradient)
+        if not options:  # the gradient in the place of the logits
+            logits = on(x, device)
+            numbers = (1, dtype, IGNORED, 0.0, 0.0, 1.0, 0.0, None, False, 0)
+            op = torch.ops.fused_ce._softmax_ce_with_gradient
+            op(logits, t.to(device), None, None, None, *numbers, gradient=logits)
+            assert torch.equal(logits.cpu(), right.gradient)
+
+
+def test_lse_of_rows_side_by_side(device: str) -> None:
+    """Ignored rows, too, have one, and a gradient from it."""
+    x = make_logits((2, 3, SIDE, SIDE))
+    t = ignoring(make_labels(x.shape))
+    leaf = x.to(device).requires_grad_()
+    loss, stats = cross_entropy(leaf, t.to(device), reduction="sum", stats=("lse",))
+    (gradient,) = torch.autograd.grad(stats.lse.sum(), leaf, retain_graph=True)
+    exact = x.double().requires_grad_()
+    lse = torch.logsumexp(exact, 1)
+    (right,) = torch.autograd.grad(lse.sum(), exact, retain_graph=True)
+    torch.testing.assert_close(
+        stats.lse.detach().cpu().double(), lse.detach(), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    (right,) = torch.autograd.grad(F.cross_entropy(exact, t, reduction="sum"), exact)
+    torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-6, atol=1e-6)
+
+
 def test_mode_is_chosen_by_shape(device: str) -> None:
     """Square cases, in which labels and probabilities have as many dimensions."""
     x = make_logits((3, 3))
