@@ -279,11 +279,16 @@ def test_rows_side_by_side(name: str, dtype: torch.dtype, device: str) -> None:
         "reduction": "none",
     }
     smoothed = {"label_smoothing": 0.1, "reduction": "sum"}
-    for labels, options in ((t, {}), (t, smoothed), (t.int(), everything)):
+    each = torch.randn(rows_of(shape))
+    for labels, upstream, options in (
+        (t, 1.0, {}),
+        (t, 1.0, smoothed),
+        (t.int(), each, everything),
+    ):
         x.copy_(make_logits(shape, dtype))
-        right = check(x, labels, device, beside_torch=not options, floor=3, **options)
+        right = check(x, labels, device, upstream, beside_torch=not options, floor=3, **options)
         x.masked_fill_((t == IGNORED)[:, None], math.nan)
-        result = run(cross_entropy, x, labels, device=device, **options)
+        result = run(cross_entropy, x, labels, device=device, upstream=upstream, **options)
         assert torch.equal(result.loss, right.loss)
         assert torch.equal(result.gradient, right.gradient)
         if not options:  # the gradient in the place of the logits
