@@ -1,8 +1,8 @@
 """What the kernels of all losses share: operands of any strides, and formulas.
 
-An operand of a kernel is a pair: a tensor and its strides, innermost dimension first; None is a
-stride of 0, and a scalar has no strides at all. `sizes` are those of all dimensions but the
-outermost: nothing to divide by where there is just one.
+An operand of a kernel is a pair: a tensor and its strides, innermost dimension first; a stride of 0
+is known when the kernel is compiled, and a scalar has no strides at all. `sizes` are those of all
+dimensions but the outermost: nothing to divide by where there is just one.
 """
 
 # Kernels are typed by Triton, not by annotations, and write compile-time arguments in capitals.
@@ -65,8 +65,7 @@ def offsets(strides, index, sizes):
             index = index // size
         else:
             coordinate = index
-        if strides[d] is not None:
-            offset += coordinate * strides[d]
+        offset += coordinate * strides[d]
     return offset
 
 
@@ -107,7 +106,9 @@ def mean_divisor(counts, counters, normalizer, denominator, LENGTH: tl.constexpr
         return tl.full([], denominator, tl.float64)
 
 
-Strides = tuple[int | None, ...]
+# Not None: Triton 3.6 compiles neither `is None` nor `len` of a tuple that has a None anywhere in it.
+NO_STRIDE = tl.constexpr(0)
+Strides = tuple[int | tl.constexpr, ...]
 Operand = tuple[Tensor, Strides]
 
 
@@ -136,7 +137,7 @@ def collapse(
     by_operand = list(zip(*steps, strict=True))
     farthest = [sum((n - 1) * step for n, step in zip(sizes, s, strict=True)) for s in by_operand]
     index = tl.uint32 if max(math.prod(sizes), *farthest) < 2**31 else tl.uint64
-    simple = tuple(tuple(step or None for step in s) if any(s) else () for s in by_operand)
+    simple = tuple(tuple(step or NO_STRIDE for step in s) if any(s) else () for s in by_operand)
     return tuple(sizes[:-1]), simple, index
 
 
