@@ -976,16 +976,21 @@ def test_index_type() -> None:
 
 
 def compile_for(chip: int | str, kernel: Any, warps: int = 4, **parameters: Any) -> None:
-    """For a compute capability, or a chip of AMD's. A str is the type of an argument, everything
-    else is constant."""
+    """For a compute capability, or a chip of AMD's. A str is the type of an argument or of an
+    element of a tuple, everything else is constant."""
     names = kernel.arg_names
     assert set(parameters) == set(names)
+    constants: dict[tuple[int, ...], Any] = {}
 
-    def is_type(value: Any) -> bool:
-        return isinstance(value, (str, tuple))
+    def type_of(value: Any, *path: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(v, *path, i) for i, v in enumerate(value))
+        if isinstance(value, str):
+            return value
+        constants[path] = value
+        return "constexpr"
 
-    signature = {n: parameters[n] if is_type(parameters[n]) else "constexpr" for n in names}
-    constants = {n: parameters[n] for n in names if not is_type(parameters[n])}
+    signature = {n: type_of(parameters[n], i) for i, n in enumerate(names)}
     source = triton.compiler.ASTSource(kernel, signature, constants)
     amd = isinstance(chip, str)
     target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", chip, 32)
@@ -993,13 +998,47 @@ def compile_for(chip: int | str, kernel: Any, warps: int = 4, **parameters: Any)
     assert compiled.asm["hsaco" if amd else "cubin"]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
+compiles = pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
+
+# An operand with elements of its own, and those with one row or one element for all
+WHOLE, *SHARED = (
+    ("*fp32", strides) for strides in common.collapse((8, 16), ((16, 1), (0, 1), (0, 0)))[1]
+)
+
+BCE_INDEXING = {"ALIGNED": True, "INDEX": tl.uint32, "BLOCK": ops.BLOCK}
+BCE_MEAN = {"counts": None, "counters": "i32", "normalizer": None, "denominator": "fp64"}
+
+
+def bce_parameters(dtype: str) -> dict[str, Any]:
+    """Of the kernel of contiguous elements, with no option."""
+    flat = (f"*{dtype}", ("i32",))
+    return {
+        "input": flat,
+        "target": flat,
+        **dict.fromkeys(
+            ("weight", "pos_weight", "sample_weight", "upstream", "gradient", "loss", "sums")
+        ),
+        **BCE_MEAN,
+        **dict.fromkeys(("numel", "iterations"), "i32"),
+        "sizes": (),
+        "ignore_index": None,
+        **dict.fromkeys(("smooth_scale", "smooth_shift", "alpha", "beta"), "fp64"),
+        **dict.fromkeys(("gamma", "parity"), "fp64"),
+        "FORM": LOGITS,
+        "SMOOTH": False,
+        "POWER": 2,
+        "ZERO_ON_EMPTY": False,
+        "COUNTERS": ops.COUNTERS,
+        "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+        **BCE_INDEXING,
+    }
+
+
+@compiles
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_compiles(dtype: str, capability: int) -> None:
     """Every kernel, form and branch, for GPUs that need not be here."""
-    indexing = {"ALIGNED": True, "INDEX": tl.uint32, "BLOCK": ops.BLOCK}
-    mean = {"counts": None, "counters": "i32", "normalizer": None, "denominator": "fp64"}
     compute = tl.float64 if dtype == "fp64" else tl.float32
     flat, wide = (f"*{dtype}", ("i32",)), (f"*{dtype}", ("i32", "i64"))
     partial = "*fp64" if dtype == "fp64" else "*fp32"
@@ -1007,25 +1046,7 @@ def test_compiles(dtype: str, capability: int) -> None:
     def compile_(kernel: Any, **parameters: Any) -> None:
         compile_for(capability, kernel, **parameters)
 
-    elements = {
-        "input": flat,
-        "target": flat,
-        **dict.fromkeys(
-            ("weight", "pos_weight", "sample_weight", "upstream", "gradient", "loss", "sums")
-        ),
-        **mean,
-        **dict.fromkeys(("numel", "iterations"), "i32"),
-        "sizes": (),
-        "ignore_index": None,
-        **dict.fromkeys(("smooth_scale", "smooth_shift", "alpha", "beta"), "fp64"),
-        **dict.fromkeys(("gamma", "parity"), "fp64"),
-        "SMOOTH": False,
-        "POWER": 2,
-        "ZERO_ON_EMPTY": False,
-        "COUNTERS": ops.COUNTERS,
-        "COMPUTE": compute,
-        **indexing,
-    }
+    elements = bce_parameters(dtype)
     for form in FORMS:
         compile_(ops._elements, **{**elements, "FORM": form, "gradient": flat, "sums": partial})
     everything = {
@@ -1048,7 +1069,7 @@ def test_compiles(dtype: str, capability: int) -> None:
     for form in FORMS:
         compile_(ops._elements, **{**elements, **everything, "FORM": form})
     counted = {"loss": flat, "sums": partial, "counts": "*i32", "ignore_index": "i64"}
-    compile_(ops._elements, **{**elements, **counted, "FORM": LOGITS})
+    compile_(ops._elements, **{**elements, **counted})
     compile_(
         ops._count,
         target=flat,
@@ -1057,7 +1078,7 @@ def test_compiles(dtype: str, capability: int) -> None:
         iterations="i32",
         sizes=(),
         ignore_index="i32",
-        **indexing,
+        **BCE_INDEXING,
     )
     for divisor in ({}, {"counts": "*i32"}, {"normalizer": "*i64"}):
         compile_(
@@ -1067,7 +1088,7 @@ def test_compiles(dtype: str, capability: int) -> None:
             programs="i32",
             ZERO_ON_EMPTY=True,
             PROGRAMS=ops.PROGRAMS,
-            **{**mean, **divisor},
+            **{**BCE_MEAN, **divisor},
         )
     compile_(
         ops._scale,
@@ -1077,38 +1098,54 @@ def test_compiles(dtype: str, capability: int) -> None:
         iterations="i32",
         sizes=(),
         COMPUTE=compute,
-        **indexing,
+        **BCE_INDEXING,
     )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="kernels of the interpreter cannot be compiled")
+@compiles
 @pytest.mark.parametrize(
-    ("dtype", "chip"),
-    [("fp64", 90), ("fp32", 90), ("bf16", 90), ("bf16", 80), ("fp32", "gfx942")],
+    "option",
+    [
+        {},
+        {"gradient": WHOLE},
+        *(
+            {name: one, "gradient": WHOLE}
+            for name in ("input", "target", "weight", "pos_weight", "sample_weight", "upstream")
+            for one in SHARED
+        ),
+        {"loss": WHOLE},
+        {"sums": "*fp32"},
+        {"counts": "*i32"},
+        {"counts": "*i32", "gradient": WHOLE},
+        {"normalizer": "*i64", "gradient": WHOLE},
+        {"ignore_index": "i32"},
+        {"ignore_index": "i32", "gradient": WHOLE},
+    ],
+    ids=str,
 )
-def test_ce_compiles(dtype: str, chip: int | str) -> None:
-    if isinstance(chip, str) and "amd" not in triton.backends.backends:
-        pytest.skip("this Triton does not compile for AMD")
-    real = "*fp64" if dtype == "fp64" else "*fp32"
-    logits, labels, row = (f"*{dtype}", ("i32",)), ("*i64", ("i32",)), (real, ("i32",))
+def test_compiles_with_one_option(option: dict[str, Any]) -> None:
+    base = {**bce_parameters("fp32"), "input": WHOLE, "target": WHOLE, "sizes": ("i32",)}
+    for form in FORMS:
+        compile_for(90, ops._elements, **{**base, **option, "FORM": form})
+
+
+def ce_parameters(dtype: str) -> dict[str, Any]:
+    """Of the kernel of contiguous rows, with no option; how rows are cut is left open."""
     operands = (
         "input target gradient sample_weight grad_loss grad_lse grad_entropy loss lse entropy"
     )
-    base = {
+    return {
         **dict.fromkeys([*operands.split(), "prediction", "correct", "weight", "normalizer"]),
+        **dict.fromkeys(["sums", "result", "counts"]),
         **dict.fromkeys(["counters", "rows", "tiles", "classes", "ignore_index"], "i32"),
         **dict.fromkeys(["denominator", "factor", "flat", "softcap", "inner_scale"], "fp64"),
         **dict.fromkeys(["logit_scale", "z_loss"], "fp64"),
         **dict.fromkeys(["SMOOTH", "CAPPED", "SCALED", "SQUARED", "PROBABILITIES"], False),
         **dict.fromkeys(["ZERO_ON_EMPTY", "ACROSS"], False),
-        "input": logits,
-        "target": labels,
-        "gradient": logits,
+        "input": (f"*{dtype}", ("i32",)),
+        "target": ("*i64", ("i32",)),
         "steps": ("i32",) * 4,
-        "sums": real,
         "ticket": "*i32",
-        "result": f"*{dtype}",
-        "counts": "*fp64",
         "sizes": (),
         "OF_LOSS": True,
         "COUNTERS": ops_ce.COUNTERS,
@@ -1117,6 +1154,25 @@ def test_ce_compiles(dtype: str, chip: int | str) -> None:
         "INDEX": tl.uint32,
         "CLASS": tl.int32,
         "EDGES": 0,
+    }
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("dtype", "chip"),
+    [("fp64", 90), ("fp32", 90), ("bf16", 90), ("bf16", 80), ("fp32", "gfx942")],
+)
+def test_ce_compiles(dtype: str, chip: int | str) -> None:
+    if isinstance(chip, str) and "amd" not in triton.backends.backends:
+        pytest.skip("this Triton does not compile for AMD")
+    real = "*fp64" if dtype == "fp64" else "*fp32"
+    labels, row = ("*i64", ("i32",)), (real, ("i32",))
+    base = {
+        **ce_parameters(dtype),
+        "gradient": (f"*{dtype}", ("i32",)),
+        "sums": real,
+        "result": f"*{dtype}",
+        "counts": "*fp64",
     }
     long = ops_ce.ROW_BYTES // {"fp64": 8, "fp32": 4, "bf16": 2}[dtype]
     # Several rows, of one block or many, with classes and with rows as neighbours; one row, of one
@@ -1157,6 +1213,49 @@ def test_ce_compiles(dtype: str, chip: int | str) -> None:
         INDEX=tl.uint64,
         BLOCK=ops_ce.LABELS,
     )
+
+
+@compiles
+@pytest.mark.parametrize(
+    "option",
+    [
+        {},
+        *({"input": one} for one in SHARED),
+        *(
+            {"target": (dtype, strides), "PROBABILITIES": dtype != "*i64"}
+            for dtype in ("*i64", "*fp32")
+            for _, strides in SHARED
+        ),
+        *(
+            {name: one, "gradient": WHOLE}
+            for name in ("sample_weight", "grad_loss", "grad_lse", "grad_entropy")
+            for one in SHARED
+        ),
+        {"gradient": WHOLE},
+        {"gradient": WHOLE, "grad_lse": WHOLE, "OF_LOSS": False},
+        {"gradient": WHOLE, "grad_entropy": WHOLE, "OF_LOSS": False},
+        {"gradient": WHOLE, "weight": "*bf16"},
+        {"gradient": WHOLE, "counts": "*fp64"},
+        {"gradient": WHOLE, "normalizer": "*i64"},
+        *(
+            {"gradient": WHOLE, name: True}
+            for name in ("SMOOTH", "CAPPED", "SCALED", "SQUARED", "ZERO_ON_EMPTY")
+        ),
+        *({name: WHOLE} for name in ("loss", "lse", "entropy")),
+        {"prediction": ("*i64", WHOLE[1])},
+        {"correct": ("*u8", WHOLE[1])},
+        {"sums": "*fp32", "result": "*fp32"},
+    ],
+    ids=str,
+)
+def test_ce_compiles_with_one_option(option: dict[str, Any]) -> None:
+    base = {**ce_parameters("fp32"), "input": WHOLE, "sizes": ("i32",)}
+    base["target"] = ("*i64", WHOLE[1])
+    for warps, layout in (
+        (1, {"UNIT": 2, "SINGLE": True, "ROWS": 8, "BLOCK": 128}),
+        (4, {"UNIT": 16, "SINGLE": False, "ROWS": 1, "BLOCK": 4096, "EDGES": 1024}),
+    ):
+        compile_for(90, ops_ce._rows, warps, **{**base, **layout, **option})
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests above have run already")

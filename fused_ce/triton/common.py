@@ -106,7 +106,7 @@ def mean_divisor(counts, counters, normalizer, denominator, LENGTH: tl.constexpr
         return tl.full([], denominator, tl.float64)
 
 
-# Not None: Triton 3.6 compiles neither `is None` nor `len` of a tuple that has a None anywhere in it.
+# Not None: Triton 3.6 compiles neither `is None` nor `len` of a tuple with None anywhere in it.
 NO_STRIDE = tl.constexpr(0)
 Strides = tuple[int | tl.constexpr, ...]
 Operand = tuple[Tensor, Strides]
