@@ -156,12 +156,18 @@ def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, d
         (5, 32),
         (5, 33),  # around a warp
         (1030, 64),  # more rows than a block has threads
+        (37, 8),
+        (37, 32),
+        (37, 128),  # powers of two, whose rows would share banks of a GPU's shared memory
         (5, 127),
         (5, 129),
+        (7, 300),  # rows that eight lanes take
         (3, 1000),
         (3, 1023),
         (3, 1024),
         (3, 1025),  # around the threads of a block
+        (9, 2500),
+        (9, 3570),  # the longest float32 rows that a warp takes
         (2, 4095),
         (2, 8193),
         (2, 32000),
@@ -175,6 +181,22 @@ def test_classes(rows: int, classes: int, dtype: torch.dtype, device: str) -> No
     for t in (make_labels(x.shape), make_probabilities(x.shape)):
         for reduction in REDUCTIONS:
             check(x, t, device, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=dtype_id)
+@pytest.mark.parametrize(
+    "classes", [2, 8, 10, 16, 64, 100, 129, 300, 442, 1000, 2500, 3570, 8193, 19001, 50257]
+)
+def test_without_gradient(classes: int, dtype: torch.dtype, device: str) -> None:
+    """Then rows that would be kept for it, in registers or shared memory, are not."""
+    x = make_logits((5, classes), dtype)  # a row more than half a warp takes
+    t = ignoring(make_labels(x.shape))
+    for reduction in REDUCTIONS:
+        loss = cross_entropy(x.to(device), t.to(device), reduction=reduction).cpu()
+        theirs = F.cross_entropy(x, t, reduction=reduction)
+        right = F.cross_entropy(x.double(), t, reduction=reduction)
+        floor = FLOOR[dtype] * (1.5 if device == "cuda" else 1)
+        assert ulps(loss, right, 1.0) <= max(floor, ulps(theirs, right, 1.0))
 
 
 # As wide as the contract promises; a second of float64 on the CPU.

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // back in vectors of 16 bytes, and kGroup lanes take a row in between, each up to kPerLane of its
 // classes, which stay in registers. kFewest of these there are for certain.
 template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
-__global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, 3)
     few_kernel(const __grid_constant__ SoftmaxCeParams p, bool aligned) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
@@ -157,15 +157,23 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
   constexpr int kSums = kPrecision == Precision::kHalf ? 1 : kPerLane > 4 ? 4 : 2;
   constexpr int kSureVectors = kFewest / kCount > 0 ? kFewest / kCount : 1;  // of a full tile
   using Vector = Group<T, kCount>;
-  __shared__ alignas(16) T tile[kThreads * kPerLane];
+  constexpr int kRows = kThreads / kGroup;
+  __shared__ alignas(16) T tile[kThreads * kPerLane + kRows * kCount];
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
   const float share = kPlain ? 0.0f : p.in_float.share;
   const int classes = static_cast<int>(p.classes);
-  constexpr int kRows = kThreads / kGroup;
   const int lane = threadIdx.x % kGroup;
-  Vector* const slots = reinterpret_cast<Vector*>(tile) + threadIdx.x;
+  // Rows of a power of two of vectors would all begin on the same few banks: a vector is left free
+  // after each.
+  const int row_vectors = classes / kCount;
+  const bool pads =
+      aligned && classes % kCount == 0 && row_vectors > 1 && (row_vectors & (row_vectors - 1)) == 0;
+  const int row_stride = classes + (pads ? kCount : 0);
+  const int shift = pads ? __ffs(row_vectors) - 1 : 31;
+  const int next_slot = kThreads + (kThreads >> shift);
+  Vector* const slots = reinterpret_cast<Vector*>(tile) + threadIdx.x + (threadIdx.x >> shift);
   float loss = 0;
 
   int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
@@ -193,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
       }
     };
     const Vector* from = reinterpret_cast<const Vector*>(x) + threadIdx.x;
-    for_vectors([&](int i) { slots[i * kThreads] = from[i * kThreads]; });
+    for_vectors([&](int i) { slots[i * next_slot] = from[i * kThreads]; });
     if (vectors * kCount != count) {
 #pragma unroll 1
       for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) tile[i] = x[i];
@@ -204,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
     const bool exists = threadIdx.x / kGroup < rows;
     const int place = exists ? threadIdx.x / kGroup : rows - 1;
     int64_t row = first + place;
-    T* const mine = tile + place * classes + lane;  // every kGroup-th is this lane's
+    T* const mine = tile + place * row_stride + lane;  // every kGroup-th is this lane's
     RowTarget<float> target = load_target<float, kPlain>(p, row);
     const int label = static_cast<int>(target.label);
     bool reads = target.is_kept || (!kPlain && p.reads_all);
@@ -281,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 16 ? 3 : 2)
       }
       __syncthreads();
       Vector* to = reinterpret_cast<Vector*>(dx) + threadIdx.x;
-      for_vectors([&](int i) { to[i * kThreads] = slots[i * kThreads]; });
+      for_vectors([&](int i) { to[i * kThreads] = slots[i * next_slot]; });
       if (vectors * kCount != count) {
 #pragma unroll 1
         for (int i = vectors * kCount + threadIdx.x; i < count; i += kThreads) dx[i] = tile[i];
@@ -442,8 +450,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <class T, bool kGradient, bool kPlain, int kGroup, int kPerLane, int kFewest>
 void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
-  few_kernel<T, kGradient, kPlain, kGroup, kPerLane, kFewest>
-      <<<plan.blocks, kThreads, 0, stream>>>(p, plan.aligned);
+  auto kernel = few_kernel<T, kGradient, kPlain, kGroup, kPerLane, kFewest>;
+  kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, plan.aligned);
 }
 
 template <class T, bool kGradient, bool kPlain>
@@ -451,7 +459,7 @@ void launch_spread(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStre
   bool alike = std::equal(p.input.strides, p.input.strides + p.rows.rank, p.gradient.strides);
   auto* kernel = plan.rows == 2 ? spread_kernel<T, kGradient, kPlain, 2>
                                 : spread_kernel<T, kGradient, kPlain, 1>;
-  kernel<<<plan.blocks, kThreads, 0, stream>>>(p, alike);
+  kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, alike);
 }
 
 template <class T, bool kGradient, bool kPlain>
@@ -459,12 +467,15 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
   if (plan.kernel == SoftmaxCePlan::kSpread) {
     launch_spread<T, kGradient, kPlain>(p, plan, stream);
   } else if (plan.kernel == SoftmaxCePlan::kPair) {
-    pair_kernel<T, kGradient, kPlain><<<plan.blocks, kThreads, 0, stream>>>(p);
+    auto kernel = pair_kernel<T, kGradient, kPlain>;
+    kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p);
+  } else if (plan.group == 8) {
+    launch_few<T, kGradient, kPlain, 8, 16, 8>(p, plan, stream);
   } else if (plan.group == 4) {
-    if (p.classes <= 64) {
-      launch_few<T, kGradient, kPlain, 4, 16, 6>(p, plan, stream);
+    if (p.classes <= 32) {
+      launch_few<T, kGradient, kPlain, 4, 8, 6>(p, plan, stream);
     } else {
-      launch_few<T, kGradient, kPlain, 4, 32, 16>(p, plan, stream);
+      launch_few<T, kGradient, kPlain, 4, 16, 8>(p, plan, stream);
     }
   } else if (plan.group == 2) {
     launch_few<T, kGradient, kPlain, 2, 12, 8>(p, plan, stream);

@@ -233,8 +233,8 @@ int at_most(int64_t wanted, int limit) {
 
 constexpr int kFewClasses = 32;
 constexpr int64_t kMostClasses = 1 << 30;  // that an int may count, and add a step to
-constexpr int kWarpRowBytes = 6 * 1024;   // of a row that lies in shared memory beside seven others
-constexpr int kReservedBytes = 2 * 1024;  // of a block's shared memory: static, and the driver's
+constexpr int kReservedBytes = 1792;       // of a block's shared memory: static, and the driver's
+constexpr int kMostResident = 8;           // blocks of kThreads that a multiprocessor holds
 
 int size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -292,6 +292,7 @@ int rows_a_thread(const SoftmaxCeArguments& a, const DeviceLimits& device) {
 
 SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& device) {
   SoftmaxCePlan plan{};
+  plan.multiprocessors = device.multiprocessors;
   int64_t rows = a.rows.numel;
   plan.cluster = 1;
   plan.terms = terms_of(a);
@@ -305,51 +306,56 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     int operands = a.has_probabilities ? 2 : 1;
     int64_t bytes = vectors * 16 * operands;
     bool packed = is_packed(a);
+    // What a block may have if so many are to fit into a multiprocessor.
+    auto share = [&](int blocks) {
+      int64_t part = device.multiprocessor_shared_memory / blocks;
+      return (part < device.shared_memory ? part : device.shared_memory) - kReservedBytes;
+    };
     plan.aligned = is_aligned(a.input) && (!a.gradient || is_aligned(a.gradient));
     if (is_plain && packed && plan.aligned && a.classes == 2) {
       plan.kernel = SoftmaxCePlan::kPair;
       plan.group = 1;
     } else if (is_plain && packed && a.classes <= 128) {
       plan.kernel = SoftmaxCePlan::kFew;
-      plan.group = a.classes <= 16 ? 1 : a.classes <= 24 ? 2 : 4;
-    } else if (vectors * 16 <= kWarpRowBytes &&
-               bytes * kWarps <= device.shared_memory - kReservedBytes) {
+      plan.group = a.classes <= 16 ? 1 : a.classes <= 24 ? 2 : a.classes <= 64 ? 4 : 8;
+    } else if (is_plain && bytes * (kThreads / 8) <= share(4)) {
+      plan.kernel = SoftmaxCePlan::kWarp;
+      plan.group = 8;
+    } else if (bytes * kWarps <= share(2)) {
       plan.kernel = SoftmaxCePlan::kWarp;
       plan.group = 32;
     } else {
       plan.kernel = SoftmaxCePlan::kBlock;
       plan.group = kThreads;
-      // As many blocks as it takes for three of them to fit into a multiprocessor.
-      int64_t wanted = device.multiprocessor_shared_memory / 3 - kReservedBytes;
-      if (a.gradient && bytes > wanted && device.has_clusters) {
-        while (plan.cluster < kMostBlocks && bytes / plan.cluster + 16 * operands > wanted)
+      if (a.gradient && bytes > share(3) && device.has_clusters) {
+        while (plan.cluster < kMostBlocks && bytes / plan.cluster + 16 * operands > share(3)) {
           plan.cluster *= 2;
-        if (bytes / plan.cluster + 16 * operands > device.shared_memory - kReservedBytes) {
-          plan.cluster = 1;
         }
+        if (bytes / plan.cluster + 16 * operands > share(1)) plan.cluster = 1;
         if (plan.cluster > 1) plan.kernel = SoftmaxCePlan::kCluster;
       }
     }
     int groups = kThreads / plan.group;
-    bool keeps = plan.kernel >= SoftmaxCePlan::kWarp;
     int64_t kept = (vectors + plan.cluster - 1) / plan.cluster + (vectors == 0);
     int64_t kept_bytes = kept * operands * groups * 16;
-    if (a.gradient && keeps && kept_bytes <= device.shared_memory - kReservedBytes) {
+    // Rows of a warp are always kept, and all of a cluster's. A block's need not be where the sums
+    // alone are wanted, nor can the largest be.
+    bool keeps = plan.kernel == SoftmaxCePlan::kBlock ? kept_bytes <= share(a.gradient ? 1 : 3)
+                                                      : plan.kernel >= SoftmaxCePlan::kWarp;
+    if (keeps) {
       plan.kept_vectors = static_cast<int>(kept);
       plan.shared_bytes = static_cast<int>(kept_bytes);
     }
-    int resident = device.multiprocessor_shared_memory / (plan.shared_bytes + kReservedBytes);
-    if (resident > 4) resident = 4;
     if (plan.kernel == SoftmaxCePlan::kPair) groups *= 4;
-    if (resident < 1) resident = 1;
-    plan.blocks =
-        at_most((rows + groups - 1) / groups, device.multiprocessors * resident / plan.cluster) *
-        plan.cluster;
+    plan.blocks = at_most((rows + groups - 1) / groups,
+                          device.multiprocessors * kMostResident / plan.cluster) *
+                  plan.cluster;
   } else if (is_simple(a) && is_plain && rows >= 64 * device.multiprocessors) {
     plan.kernel = SoftmaxCePlan::kSpread;
     plan.group = 1;
     plan.rows = rows_a_thread(a, device);
-    plan.blocks = at_most((rows / plan.rows + kThreads - 1) / kThreads, 8 * device.multiprocessors);
+    plan.blocks = at_most((rows / plan.rows + kThreads - 1) / kThreads,
+                          kMostResident * device.multiprocessors);
   } else {
     plan.kernel = SoftmaxCePlan::kGeneral;
     // Neighbouring threads take neighbouring classes or, where classes lie apart, rows; unless rows
@@ -358,8 +364,8 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     plan.group = a.classes > 4096 && rows < 64 * device.multiprocessors      ? kThreads
                  : a.classes > 32 && (a.input.class_stride == 1 || few_rows) ? 32
                                                                              : 1;
-    plan.blocks =
-        at_most((rows * plan.group + kThreads - 1) / kThreads, 8 * device.multiprocessors);
+    plan.blocks = at_most((rows * plan.group + kThreads - 1) / kThreads,
+                          kMostResident * device.multiprocessors);
   }
   // Every block of the second kernel adds up what each of the first has found.
   plan.weight_blocks = a.sums_weights() ? at_most(rows / (4 * kThreads), 128) : 1;
@@ -430,9 +436,11 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
   if (plan.kernel >= SoftmaxCePlan::kWarp) return launch_softmax_ce_rows(p, plan, stream);
   if (plan.kernel != SoftmaxCePlan::kGeneral) return launch_softmax_ce_few(p, plan, stream);
   if (a.in_double) {
-    general_kernel<double><<<plan.blocks, kThreads, 0, stream>>>(p, plan.group);
+    general_kernel<double>
+        <<<resident_blocks(general_kernel<double>, plan), kThreads, 0, stream>>>(p, plan.group);
   } else {
-    general_kernel<float><<<plan.blocks, kThreads, 0, stream>>>(p, plan.group);
+    general_kernel<float>
+        <<<resident_blocks(general_kernel<float>, plan), kThreads, 0, stream>>>(p, plan.group);
   }
 }
 

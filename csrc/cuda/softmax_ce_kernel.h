@@ -65,7 +65,8 @@ struct SoftmaxCePlan {
   int kept_vectors;  // of 16 bytes that a row's threads in a block keep in shared memory, of the
                      // logits, and of probabilities as many
   int shared_bytes;  // of a block
-  int blocks;
+  int blocks;        // at most
+  int multiprocessors;
   int weight_blocks;
   size_t workspace_bytes;  // 0 where nothing is reduced
 };

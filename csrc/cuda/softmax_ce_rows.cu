@@ -7,10 +7,6 @@
 namespace fused_ce {
 namespace {
 
-// Whether there is a gradient, and if so what it is made of: logits kept in shared memory, or read
-// again.
-enum class Pass { kForward, kKept, kReread };
-
 // Calls f<kBatch> or f<1> for a thread's vectors.
 template <int kBatch, int kStep, class F>
 __device__ __forceinline__ void for_vectors(int first, int end, const F& f) {
@@ -19,6 +15,25 @@ __device__ __forceinline__ void for_vectors(int first, int end, const F& f) {
   for (; v + (kBatch - 1) * kStep < end; v += kBatch * kStep) f.template operator()<kBatch>(v);
 #pragma unroll 1
   for (; v < end; v += kStep) f.template operator()<1>(v);
+}
+
+// Copies to shared memory, and does not wait for it where the device can do that.
+__device__ __forceinline__ void copy_async(uint4* to,            // [1] shared
+                                           const uint4* from) {  // [1] global
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *to = *from;
+#endif
+}
+// Waits for this thread's copies.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // The larger one, or NaN where either is.
@@ -78,10 +93,10 @@ struct SumsAndPeaks : RowSums<float, kTerms> {
 };
 
 // The least of what the threads of a row have found, which the row's first thread gets to know.
-template <Scope kScope>
+template <Scope kScope, int kGroup>
 __device__ __forceinline__ int least(int found, int* shared) {  // [1] INT_MAX before
   if constexpr (kScope == Scope::kWarp) {
-    return -warp_max(-found);
+    return -warp_max<kGroup>(-found);
   } else {
     if (found < INT_MAX) atomicMin(shared, found);
     __syncthreads();
@@ -255,12 +270,13 @@ struct Options {
   }
 };
 
-// Logits whose classes lie dense in memory. The threads of a row read it once, in vectors of 16
-// bytes, add up its sums as the vectors arrive, and keep them in shared memory, each thread its
-// own; the gradient is then made of these. A row too large for that is read again. What lies before
-// the first aligned address of a row and after the last whole vector, a thread each takes.
-// Probabilities are read, and kept, in step with the logits.
-template <class T, Scope kScope, Pass kPass, Terms kTerms>
+// Logits whose classes lie dense in memory. `kGroup` threads, of a warp or the block, take a row.
+// A row that fits is copied to shared memory as a whole, which keeps many bytes under way without a
+// register for any; each thread copies its own vectors of 16 bytes, adds up their sums, and makes
+// the gradient of them. A row too large for that is read from memory, and again for the gradient.
+// What lies before the first aligned address of a row and after the last whole vector, its threads
+// take in turn. Probabilities are copied in step with the logits.
+template <class T, Scope kScope, int kGroup, bool kGradient, bool kKept, Terms kTerms>
 __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted                          ? 2
                                             : kScope == Scope::kWarp && kTerms == Terms::kPlain ? 4
                                                                                                 : 3)
@@ -268,11 +284,11 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kScope == Scope::kCluster) return;
 #endif
-  constexpr bool kGradient = kPass != Pass::kForward;
   constexpr bool kPlain = kTerms == Terms::kPlain, kWeighted = kTerms == Terms::kWeighted;
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
-  constexpr int kBatch = kScope == Scope::kWarp || kWeighted ? 2 : 4;  // vectors in flight
+  // Vectors that are read at a time: from shared memory, as many as are added up at a time.
+  constexpr int kBatch = kWeighted ? 2 : kKept ? 16 / kCount : 4;
   using Vector = Group<T, kCount>;
   using Sums = std::conditional_t<kPlain, RowSums<float, kTerms>, SumsAndPeaks<kTerms>>;
   extern __shared__ uint4 memory[];  // [groups of a block, logits and probabilities, kept_vectors]
@@ -287,7 +303,6 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   const bool has_probabilities = kWeighted && p.has_probabilities;
   const bool wants_top = !kPlain && (p.prediction.data != nullptr || p.correct.data != nullptr);
   const bool wants_target = has_probabilities && p.correct.data != nullptr;
-  constexpr int kGroup = kScope == Scope::kWarp ? 32 : kThreads;
   constexpr int kGroups = kThreads / kGroup;
   int rank = 0, ranks = 1;
   int64_t first = blockIdx.x, step = gridDim.x;
@@ -309,33 +324,52 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   int parity = 0;
   float loss = 0;
 
-  for (int64_t row = first; row < p.rows.numel; row += step) {
-    RowTarget<float> target = load_target<float>(p, row);
+  // The rows of a warp go together.
+  const int64_t ahead = kGroup < 32 ? threadIdx.x % 32 / kGroup : 0;
+  for (int64_t row = first; row - ahead < p.rows.numel; row += step) {
+    const bool exists = kGroup >= 32 || row < p.rows.numel;
+    RowTarget<float> target{-1, 0, 0, false};
+    if (exists) target = load_target<float>(p, row);
     const int label = static_cast<int>(target.label);
-    bool reads = target.is_kept || p.reads_all;
+    bool reads = exists && (target.is_kept || p.reads_all);
     const T* x = static_cast<const T*>(p.input.data);
     T* dx = static_cast<T*>(p.gradient.data);
-    x += row_offset(p.input, p.rows, row);
-    if constexpr (kGradient) dx += row_offset(p.gradient, p.rows, row);
+    if (exists) {
+      x += row_offset(p.input, p.rows, row);
+      if constexpr (kGradient) dx += row_offset(p.gradient, p.rows, row);
+    }
     int head = static_cast<int>(-reinterpret_cast<intptr_t>(x) & 15) / static_cast<int>(sizeof(T));
     if (head > classes) head = classes;
     int vectors = (classes - head) / kCount;
     int extras = classes - vectors * kCount;
-    // The vectors of this block, and the single class of this thread.
+    // The vectors of this block.
     int start = 0;
     if constexpr (kScope == Scope::kCluster) {
       int part = (vectors + ranks - 1) / ranks;
       start = part * rank < vectors ? part * rank : vectors;
       vectors = vectors - start < part ? vectors - start : part;
     }
-    int single = -1;
-    if (rank == 0 && lane < extras) single = lane < head ? lane : classes - extras + lane;
+    // The classes that no vector holds: threads of the first block take them in turn.
+    if (rank > 0) extras = 0;
+    const int gap = classes - extras;  // from those before the vectors to those after
+    auto for_extras = [&](const auto& f) {
+#pragma unroll 1
+      for (int i = lane; i < extras; i += kGroup) f(i < head ? i : gap + i);
+    };
     const Vector* from = reinterpret_cast<const Vector*>(x + head) + start;
     int first_class = head + start * kCount;
     const Options<T, kTerms> options(p, row, first_class);
 
+    // The vectors, from shared memory where they are kept.
+    auto logits_at = [&](int v) { return kKept ? kept[v] : from[v]; };
+    auto targets_at = [&](int v) {
+      return kKept ? kept[kept_vectors + v] : options.target_vector(first_class + v * kCount);
+    };
+    auto probability_at = [&](int c) {
+      return has_probabilities ? to_real<float>(options.probabilities[c]) : 0.0f;
+    };
     Sums sums = Sums::none();
-    float label_logit = 0, single_logit = 0, single_target = 0;
+    float label_logit = 0;
     Peak peak{-INFINITY, lane}, target_peak = peak;
     // Vectors that have arrived: the one at v and those that follow it.
     auto add = [&]<int kN>(int v, const Vector* raw /* [kN] */,
@@ -343,7 +377,6 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       float logits[kN * kCount];
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
-        if constexpr (kPass == Pass::kKept) kept[v + i * kGroup] = raw[i];
         unpack(raw[i], reinterpret_cast<float (&)[kCount]>(logits[i * kCount]));
       }
       if constexpr (kPlain) {
@@ -355,10 +388,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           auto& of_vector = reinterpret_cast<float (&)[kCount]>(b[i * kCount]);
-          if (has_probabilities) {
-            if constexpr (kPass == Pass::kKept) kept[kept_vectors + v + i * kGroup] = raw_target[i];
-            unpack(raw_target[i], of_vector);
-          }
+          if (has_probabilities) unpack(raw_target[i], of_vector);
           if (wants_target) target_peak.offer(largest(of_vector), v + i * kGroup);
           if (kWeighted) {
             options.weigh(of_vector, first_class + (v + i * kGroup) * kCount);
@@ -371,10 +401,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       Vector raw[kN], raw_target[kN];
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
-        raw[i] = from[v + i * kGroup];
-        if (has_probabilities) {
-          raw_target[i] = options.target_vector(first_class + (v + i * kGroup) * kCount);
-        }
+        raw[i] = logits_at(v + i * kGroup);
+        if (has_probabilities) raw_target[i] = targets_at(v + i * kGroup);
       }
       constexpr int kMost = (kWeighted || kScope == Scope::kCluster ? 8 : 16) / kCount;
       constexpr int kAtOnce = kPlain || kN < kMost ? kN : kMost;
@@ -384,20 +412,36 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       }
     };
     if (reads) {
-      if (target.is_kept && label >= 0) label_logit = to_real<float>(x[label]);
-      if (single >= 0) {
-        single_logit = to_real<float>(x[single]);
-        if constexpr (kPlain) {
-          sums.add(reinterpret_cast<float (&)[1]>(single_logit), logit_scale, p.has_coefficients);
-        } else {
-          if (has_probabilities) single_target = to_real<float>(options.probabilities[single]);
-          float logit[1] = {single_logit}, b[1] = {single_target};
-          if (kWeighted) options.weigh(b, single);
-          sums.top = single_logit;
-          sums.top_target = single_target;
-          options.add(logit, b, single_logit, sums);
+      if constexpr (kKept) {
+        auto* slots = reinterpret_cast<uint4*>(kept);
+#pragma unroll 4
+        for (int v = lane; v < vectors; v += kGroup) {
+          copy_async(slots + v, reinterpret_cast<const uint4*>(from) + v);
+        }
+        for (int v = lane; has_probabilities && v < vectors; v += kGroup) {
+          const T* of_vector = options.probabilities + first_class + v * kCount;
+          if (options.target_aligned) {
+            copy_async(slots + kept_vectors + v, reinterpret_cast<const uint4*>(of_vector));
+          } else {
+            kept[kept_vectors + v] = load_group<kCount>(of_vector, false);
+          }
         }
       }
+      if (target.is_kept && label >= 0) label_logit = to_real<float>(x[label]);
+      for_extras([&](int c) {
+        float logit[1] = {to_real<float>(x[c])};
+        if constexpr (kPlain) {
+          sums.add(logit, logit_scale, p.has_coefficients);
+        } else {
+          float b[1] = {probability_at(c)};
+          const float top = logit[0];
+          sums.top = larger(sums.top, top);
+          sums.top_target = larger(sums.top_target, b[0]);
+          if (kWeighted) options.weigh(b, c);
+          options.add(logit, b, top, sums);
+        }
+      });
+      if constexpr (kKept) wait_for_copies();
       for_vectors<kBatch, kGroup>(lane, vectors, read);
       if constexpr (!kPlain) {
         sums.top = larger(sums.top, peak.value);
@@ -406,20 +450,19 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
           found[parity][0] = found[parity][1] = INT_MAX;
         }
       }
-      combine<kScope>(sums, exchange, parity, p.has_coefficients);
     }
-    // A vector again.
-    auto logits_at = [&](int v) { return kPass == Pass::kKept ? kept[v] : from[v]; };
-    auto targets_at = [&](int v) {
-      return kPass == Pass::kKept ? kept[kept_vectors + v]
-                                  : options.target_vector(first_class + v * kCount);
-    };
+    if (reads || kGroup < 32) {
+      combine<kScope, kGroup>(sums, exchange, parity, p.has_coefficients);
+    }
     int predicted = 0, right = label;
     if constexpr (!kPlain) {
       // The row's first class of those whose values are the largest.
-      auto find = [&](const auto& vector_at, float single_value, const Peak& peak, float top,
+      auto find = [&](const auto& vector_at, const auto& value_at, const Peak& peak, float top,
                       int* shared) {
-        int c = single >= 0 && Peak::is(single_value, top) ? single : INT_MAX;
+        int c = INT_MAX;
+        for_extras([&](int extra) {
+          if (reads && extra < c && Peak::is(value_at(extra), top)) c = extra;
+        });
         bool is_searching = Peak::is(peak.value, top);
 #pragma unroll 1
         for (int v = peak.vector; is_searching && v < vectors; v += kGroup) {
@@ -433,11 +476,14 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
             is_searching = false;
           }
         }
-        return least<kScope>(c, shared);
+        return least<kScope, kGroup>(c, shared);
       };
-      if (wants_top) predicted = find(logits_at, single_logit, peak, sums.top, found[parity]);
+      if (wants_top) {
+        auto logit_at = [&](int c) { return to_real<float>(x[c]); };
+        predicted = find(logits_at, logit_at, peak, sums.top, found[parity]);
+      }
       if (wants_target) {
-        right = find(targets_at, single_target, target_peak, sums.top_target, found[parity] + 1);
+        right = find(targets_at, probability_at, target_peak, sums.top_target, found[parity] + 1);
       }
     }
     parity ^= 1;
@@ -450,6 +496,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       float logit = kPlain ? label_logit * logit_scale : options.value_of(label_logit);
       result = row_result(p, target, sums, logit, is_leader);
     }
+    if (!exists) continue;
     if (is_leader) {
       loss += result.loss;
       store_result(p, row, result);
@@ -468,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
         }
       };
       if (!reads || !has_gradient(p, target)) {
-        if (single >= 0) dx[single] = from_real<T>(0.0f);
+        for_extras([&](int c) { dx[c] = from_real<T>(0.0f); });
         for (int v = lane; v < vectors; v += kGroup) {
           if (aligned) {
             store_vector.template operator()<true>(v, Vector{});
@@ -518,7 +565,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
           store_vector.template operator()<kAligned>(v + i * kGroup, raw[i]);
         }
       };
-      if (single >= 0) write_one(single, single_logit, single_target, 0.0f);
+      for_extras([&](int c) { write_one(c, to_real<float>(x[c]), probability_at(c), 0.0f); });
       if (aligned) {
         for_vectors<kBatch, kGroup>(lane, vectors,
                                     [&]<int kN>(int v) { write.template operator()<true, kN>(v); });
@@ -528,9 +575,10 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       }
       // The label's class once more, by the thread that has written it.
       int label_vector = label < first_class ? -1 : (label - first_class) / kCount;
-      bool is_mine = label_vector < 0 || label_vector >= vectors
-                         ? single == label
-                         : (label_vector & (kGroup - 1)) == lane;
+      bool is_extra = extras > 0 && (label < head || label >= gap + head);
+      int place = !is_extra ? label_vector : label < head ? label : label - gap;
+      bool is_mine =
+          (is_extra || (place >= 0 && place < vectors)) && (place & (kGroup - 1)) == lane;
       if (label >= 0 && is_mine) write_one(label, label_logit, 0.0f, g.label);
     }
   }
@@ -558,20 +606,35 @@ void launch_row(Kernel kernel, const SoftmaxCeParams& p, const SoftmaxCePlan& pl
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = plan.cluster > 1;
+  if (plan.cluster > 1) {
+    int clusters = 0;
+    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    config.gridDim = dim3(fewer(clusters * plan.cluster, plan.blocks));
+  } else {
+    config.gridDim = dim3(resident_blocks(kernel, plan));
+  }
   cudaLaunchKernelEx(&config, kernel, p, plan.kept_vectors);
 }
 
-template <class T, Scope kScope, Terms kTerms>
+template <class T, Scope kScope, int kGroup, Terms kTerms>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
-  if (p.gradient.data == nullptr) {
-    if constexpr (kScope != Scope::kCluster) {
-      launch_row(row_kernel<T, kScope, Pass::kForward, kTerms>, p, plan, stream);
+  auto launch = [&]<bool kGradient, bool kKept>() {
+    launch_row(row_kernel<T, kScope, kGroup, kGradient, kKept, kTerms>, p, plan, stream);
+  };
+  const bool has_gradient = p.gradient.data != nullptr;
+  if constexpr (kScope == Scope::kCluster) {
+    launch.template operator()<true, true>();
+  } else if (kScope == Scope::kWarp || plan.kept_vectors > 0) {
+    if (has_gradient) {
+      launch.template operator()<true, true>();
+    } else {
+      launch.template operator()<false, true>();
     }
-  } else if (plan.kept_vectors > 0) {
-    launch_row(row_kernel<T, kScope, Pass::kKept, kTerms>, p, plan, stream);
-  } else {
-    if constexpr (kScope == Scope::kBlock) {
-      launch_row(row_kernel<T, kScope, Pass::kReread, kTerms>, p, plan, stream);
+  } else if constexpr (kScope == Scope::kBlock) {
+    if (has_gradient) {
+      launch.template operator()<true, false>();
+    } else {
+      launch.template operator()<false, false>();
     }
   }
 }
@@ -580,11 +643,14 @@ template <class T, Terms kTerms>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   switch (plan.kernel) {
     case SoftmaxCePlan::kWarp:
-      return launch_rows<T, Scope::kWarp, kTerms>(p, plan, stream);
+      if constexpr (kTerms == Terms::kPlain) {
+        if (plan.group == 8) return launch_rows<T, Scope::kWarp, 8, kTerms>(p, plan, stream);
+      }
+      return launch_rows<T, Scope::kWarp, 32, kTerms>(p, plan, stream);
     case SoftmaxCePlan::kBlock:
-      return launch_rows<T, Scope::kBlock, kTerms>(p, plan, stream);
+      return launch_rows<T, Scope::kBlock, kThreads, kTerms>(p, plan, stream);
     default:
-      return launch_rows<T, Scope::kCluster, kTerms>(p, plan, stream);
+      return launch_rows<T, Scope::kCluster, kThreads, kTerms>(p, plan, stream);
   }
 }
 

@@ -280,10 +280,10 @@ struct Exchange {
   Sums blocks[2];
 };
 
-template <Scope kScope, class Sums>
+template <Scope kScope, int kGroup, class Sums>
 __device__ __forceinline__ void combine(Sums& sums, Exchange<Sums>& exchange, int parity,
                                         bool with_coefficients) {
-  sums.template combine<32>(with_coefficients);
+  sums.template combine<(kGroup < 32 ? kGroup : 32)>(with_coefficients);
   if constexpr (kScope == Scope::kWarp) {
     __syncwarp();  // a lane has read the label's logit, which another may overwrite
   } else {
@@ -337,6 +337,20 @@ __device__ __forceinline__ void reduce_loss(const SoftmaxCeParams& p, Real loss,
     store(p.loss_scalar, 0,
           scale.denominator == 0 ? total * scale.inverse : total / scale.denominator);
   }
+}
+
+// `blocks`, or those that are resident where that is known and less.
+inline int fewer(int resident, int blocks) {
+  return resident > 0 && resident < blocks ? resident : blocks;
+}
+
+// As many blocks as the plan has, or as fit on the device at once: each goes on to further rows,
+// and those that had to wait would do theirs when the others are done.
+template <class Kernel>
+int resident_blocks(Kernel kernel, const SoftmaxCePlan& plan) {
+  int resident = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared_bytes);
+  return fewer(resident * plan.multiprocessors, plan.blocks);
 }
 
 }  // namespace fused_ce
