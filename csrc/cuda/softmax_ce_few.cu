@@ -14,7 +14,7 @@ namespace {
 // lie beside these. The second read, for the gradient, comes from cache. `alike` are logits and
 // gradient that have the same strides: a row's offset costs as much as several classes.
 template <class T, bool kGradient, bool kPlain, int kRows>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kRows == 1 || kPlain || !kGradient ? 4 : 3)
     spread_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   using Rows = Group<T, kRows>;
