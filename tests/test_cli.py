@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from fused_ce import backends
 from fused_ce.__main__ import main
@@ -165,6 +166,35 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
     monkeypatch.setitem(LOSSES, "bce", loss)
     assert main(["bench", "bce", "--size", "64", *QUICK]) == 1
     assert "wrong result" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick_copy")
+def test_a_rival_that_raises_is_named_and_the_others_go_on(monkeypatch, tmp_path):
+    def fails(*_):
+        raise ValueError("\x1b[91mno such shape\x1b[0m: 4\nand more")
+
+    broken = dataclasses.replace(RIVALS["compile"], function=lambda *_: fails)
+    monkeypatch.setitem(RIVALS, "compile", broken)
+    path = tmp_path / "ce.json"
+    options = ["--size", "4x8", "--pass", "both", f"--json={path}", *QUICK]
+    assert main(["bench", "ce", *options, "--against", "compile,eager"]) == 0
+    written = json.loads(path.read_text())
+    assert written["absent"] == ["compile, plain both float32 4x8: no such shape: 4"]
+    assert {row["contender"] for row in written["rows"]} == {"fused_ce", "eager"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "panels"), [("4x8,4x16", 2), ("4x8,2x3x4", 1)], ids=["lines", "bars"]
+)
+@pytest.mark.usefixtures("quick_copy")
+def test_lines_need_two_numbers_of_classes(sizes, panels, monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    options = ["--size", sizes, "--pass", "both", f"--plot={tmp_path / 'ce.png'}", *QUICK]
+    assert main(["bench", "ce", *options]) == 0
+    assert len(saved[0].axes) == panels  # speed and memory, or ratios
+    colours = [{line.get_label(): line.get_color() for line in a.lines} for a in saved[0].axes]
+    assert panels == 1 or colours[0] == colours[1]
 
 
 @pytest.mark.usefixtures("quick_copy")

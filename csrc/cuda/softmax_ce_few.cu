@@ -158,20 +158,20 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kSureVectors = kFewest / kCount > 0 ? kFewest / kCount : 1;  // of a full tile
   using Vector = Group<T, kCount>;
   constexpr int kRows = kThreads / kGroup;
-  __shared__ alignas(16) T tile[kThreads * kPerLane + kRows * kCount];
+  // Rows of a power of two of vectors would all begin on the same few banks: a vector is left free
+  // after each. Of the numbers of classes that an instance takes only the largest may be one.
+  constexpr bool kMayPad = (kPerLane & (kPerLane - 1)) == 0;
+  __shared__ alignas(16) T tile[kThreads * kPerLane + (kMayPad ? kRows * kCount : 0)];
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
   const float share = kPlain ? 0.0f : p.in_float.share;
   const int classes = static_cast<int>(p.classes);
   const int lane = threadIdx.x % kGroup;
-  // Rows of a power of two of vectors would all begin on the same few banks: a vector is left free
-  // after each.
-  const int row_vectors = classes / kCount;
-  const bool pads =
-      aligned && classes % kCount == 0 && row_vectors > 1 && (row_vectors & (row_vectors - 1)) == 0;
+  constexpr int kRowVectors = kGroup * kPerLane / kCount;
+  const bool pads = kMayPad && kRowVectors > 1 && aligned && classes == kGroup * kPerLane;
   const int row_stride = classes + (pads ? kCount : 0);
-  const int shift = pads ? __ffs(row_vectors) - 1 : 31;
+  const int shift = pads ? __ffs(kRowVectors) - 1 : 31;
   const int next_slot = kThreads + (kThreads >> shift);
   Vector* const slots = reinterpret_cast<Vector*>(tile) + threadIdx.x + (threadIdx.x >> shift);
   float loss = 0;

@@ -287,8 +287,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   constexpr bool kPlain = kTerms == Terms::kPlain, kWeighted = kTerms == Terms::kWeighted;
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
-  // Vectors that are read at a time: from shared memory, as many as are added up at a time.
-  constexpr int kBatch = kWeighted ? 2 : kKept ? 16 / kCount : 4;
+  // Vectors that are read, and in plain rows added up, at a time.
+  constexpr int kBatch = kWeighted ? 2 : kScope == Scope::kWarp ? 16 / kCount : 4;
   using Vector = Group<T, kCount>;
   using Sums = std::conditional_t<kPlain, RowSums<float, kTerms>, SumsAndPeaks<kTerms>>;
   extern __shared__ uint4 memory[];  // [groups of a block, logits and probabilities, kept_vectors]

@@ -77,7 +77,7 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
     with report.progress() as bar:
         task = bar.add_task("", total=len(todo))
         for row in todo:
-            bar.update(task, description=f"{row.case} {row.passes} {row.dtype} {row.size}")
+            bar.update(task, description=row.label)
             try:
                 measured, failures = measure(
                     row, options.against, options.repeats, options.seconds, copy
@@ -86,7 +86,7 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
                 print(error, file=sys.stderr)
                 return 1
             records += measured
-            about["absent"] += [f"{name}, {row}: {why}" for name, why in failures.items()]
+            about["absent"] += [f"{name}, {row.label}: {why}" for name, why in failures.items()]
             bar.advance(task)
     report.show(records, about)
     if options.csv:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,6 +18,8 @@ from fused_ce.bench.rows import OURS, Feed, Row
 
 # The largest relative error we may have against float64; rivals beyond it are timed but marked.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of terminals, in messages of rivals
 
 Record = TypedDict(
     "Record",
@@ -120,7 +123,8 @@ def _check(
         except Exception as error:
             if name == OURS:
                 raise
-            failures[name] = str(error).strip().partition("\n")[0]
+            text = _COLOUR.sub("", str(error)).strip()
+            failures[name] = text.partition("\n")[0]
     if not _accurate(row, errors[OURS]):
         raise WrongResultError(f"wrong result for {row}: errors of loss, gradient {errors[OURS]}")
     return errors, failures

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fused_ce import backends
-from fused_ce.bench.losses import LOSSES
+from fused_ce.bench.losses import LOSSES, RIVALS
 from fused_ce.bench.measure import Record
 from fused_ce.bench.rows import OURS, parse_size
 
@@ -146,16 +146,24 @@ def write_json(records: list[Record], about: dict[str, Any], path: Path) -> None
 
 
 def write_plot(records: list[Record], about: dict[str, Any], path: Path) -> None:
-    """Over the number of classes, where the loss has them and they differ; else bars."""
+    """Over the number of classes, where that differs between rows alike in all else; else bars."""
     by_classes = [
         (r, parse_size(r["size"])[1])
         for r in records
         if LOSSES[r["loss"]].over_classes and len(parse_size(r["size"])) == 2
     ]
-    if len({classes for _, classes in by_classes}) > 1:
-        _plot_over_classes(by_classes, about, path)
+    numbers: dict[tuple[str, str, str], set[int]] = {}
+    for record, classes in by_classes:
+        numbers.setdefault(_column(record), set()).add(classes)
+    lines = [(r, classes) for r, classes in by_classes if len(numbers[_column(r)]) > 1]
+    if lines:
+        _plot_over_classes(lines, about, path)
     else:
         _plot_bars(records, about, path)
+
+
+def _column(record: Record) -> tuple[str, str, str]:
+    return record["case"], record["pass"], record["dtype"]
 
 
 def _plot_over_classes(
@@ -164,8 +172,10 @@ def _plot_over_classes(
     """Speed and peak memory of every contender, a column for each case, pass and dtype."""
     columns: dict[tuple[str, str, str], dict[str, list[tuple[int, Record]]]] = {}
     for record, classes in records:
-        column = columns.setdefault((record["case"], record["pass"], record["dtype"]), {})
+        column = columns.setdefault(_column(record), {})
         column.setdefault(record["contender"], []).append((classes, record))
+    # The same in every column, whoever is absent there.
+    colours = {name: f"C{i}" for i, name in enumerate((OURS, *RIVALS))}
     figure = Figure(figsize=(2 + 3.5 * len(columns), 6), layout="constrained")
     figure.suptitle(title(about), fontsize=9)
     speeds, memories = figure.subplots(2, len(columns), sharex="col", squeeze=False)
@@ -173,9 +183,10 @@ def _plot_over_classes(
         for name, points in by_name.items():
             points.sort(key=lambda point: point[0])
             places = [c for c, _ in points]
-            speed.plot(places, [r["gb_per_s"] for _, r in points], "o-", label=name)
+            style = {"color": colours[name], "marker": "o", "label": name}
+            speed.plot(places, [r["gb_per_s"] for _, r in points], **style)
             known = [(c, r["peak_logits"]) for c, r in points if r["peak_logits"] is not None]
-            memory.plot([c for c, _ in known], [m for _, m in known], "o-", label=name)
+            memory.plot([c for c, _ in known], [m for _, m in known], **style)
         speed.set(title=", ".join(names), xscale="log", yscale="log")
         memory.set(xlabel="classes", ylim=(0, None))
     speeds[0].set_ylabel("GB/s: inputs once, gradient once")

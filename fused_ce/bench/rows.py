@@ -43,6 +43,10 @@ class Row:
     size: str
     device: str
 
+    @property
+    def label(self) -> str:
+        return f"{self.case} {self.passes} {self.dtype} {self.size}"
+
     def entry(self) -> tuple[Loss, Case]:
         loss = LOSSES[self.loss]
         return loss, loss.cases[self.case]
