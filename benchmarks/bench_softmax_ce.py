@@ -1,10 +1,8 @@
 """The standard cases of softmax cross entropy: `benchmarks/bench_softmax_ce.py --plot ce.png`."""
 
-import argparse
 import sys
 
-from fused_ce.bench.command import add_options, run
-from fused_ce.bench.rows import STANDARD_PASSES, rows
+from fused_ce.bench.command import run_cases
 
 # (case, dtype, size) by device
 CASES = {
@@ -72,20 +70,5 @@ CASES = {
     ],
 }
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_options(parser, "ce")
-    options = parser.parse_args()
-    return run(
-        (
-            row
-            for case, dtype, size in CASES[options.device.partition(":")[0]]
-            for row in rows("ce", [case], [dtype], [size], STANDARD_PASSES, options.device)
-        ),
-        options,
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cases("ce", __doc__, CASES))

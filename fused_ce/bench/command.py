@@ -15,7 +15,7 @@ import torch
 
 from fused_ce.bench.losses import LOSSES
 from fused_ce.bench.measure import TOLERANCE, Record, WrongResultError, copy_bandwidth, measure
-from fused_ce.bench.rows import PASSES, Row, parse_size, rows
+from fused_ce.bench.rows import PASSES, STANDARD_PASSES, Row, parse_size, rows
 
 
 def add_loss(parser: argparse.ArgumentParser, name: str) -> None:
@@ -48,6 +48,22 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--plot", type=_file, metavar="PNG", help="file of bars of the ratios")
     parser.add_argument("--csv", type=_file, metavar="CSV", help="file of one line per contender")
     parser.add_argument("--json", type=_file, metavar="JSON", help="the same, and the machine")
+
+
+def run_cases(
+    name: str, description: str | None, cases: dict[str, list[tuple[str, str, str]]]
+) -> int:
+    """A fixed list for each kind of device, of (case, dtype, size)."""
+    parser = argparse.ArgumentParser(description=description)
+    add_options(parser, name)
+    options = parser.parse_args()
+    device = options.device
+    chosen = (
+        row
+        for case, dtype, size in cases[torch.device(device).type]
+        for row in rows(name, [case], [dtype], [size], STANDARD_PASSES, device)
+    )
+    return run(chosen, options)
 
 
 def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
