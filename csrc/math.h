@@ -352,25 +352,40 @@ struct LossAndGradient {
 // m = 0 is selected, so that an infinite logit on the right side costs 0. The gradient comes
 // multiplied by `scale`, which takes over its sign.
 struct BceLogits {
+  template <class V>
+  struct Parts {
+    V wrong_side;  // m y
+    V e;
+    V gradient;
+  };
   template <Precision kPrecision, class V>
-  FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V x, V negative, V positive, V total,
-                                                          V scale) {
+  FUSED_CE_HOST_DEVICE static Parts<V> parts(V x, V negative, V positive, V total, V scale) {
     V y = math::absolute(x);
     V e = math::exp_negative<kPrecision>(y);
     V m = x >= 0.0f ? negative : positive;
-    V wrong_side = m == 0.0f ? m : m * y;
     V gradient = math::multiply_add(total, e * math::reciprocal(-1.0f - e), m);
-    return {math::multiply_add(total, math::log1p_unit<kPrecision>(e), wrong_side),
-            gradient * (x >= 0.0f ? scale : -scale)};
+    return {m == 0.0f ? m : m * y, e, gradient * (x >= 0.0f ? scale : -scale)};
+  }
+  template <Precision kPrecision, class V>
+  FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V x, V negative, V positive, V total,
+                                                          V scale) {
+    Parts<V> p = parts<kPrecision>(x, negative, positive, total, scale);
+    return {math::multiply_add(total, math::log1p_unit<kPrecision>(p.e), p.wrong_side), p.gradient};
   }
 };
 
+// log1p(a) + log1p(b) is log1p of this: so one logarithm serves many logits. It is built up from
+// small numbers, never from 1 + a, so that these keep their digits.
+template <class V>
+FUSED_CE_HOST_DEVICE V log1p_product(V a, V b) {
+  return math::multiply_add(-a, -1.0f - b, b);
+}
+
 #if defined(__CUDACC__)
-// The same, plain, for a group of logits of which only the summed loss is wanted, in half
-// precision: fewer instructions an element. One logarithm serves the group, since the log1p(e_i)
-// add up to log1p(z) with 1 + z = prod(1 + e_i); z itself is built up, not 1 + z, so that small e_i
-// keep their digits. The wrong side is max(x, 0) - x t in one rounding. An infinite logit makes the
-// sum NaN: the caller then adds up BceLogits.
+// BceLogits, plain, for a group of logits of which only the summed loss is wanted, in half
+// precision: fewer instructions an element. One logarithm serves the group, by log1p_product. The
+// wrong side is max(x, 0) - x t in one rounding. An infinite logit makes the sum NaN: the caller
+// then adds up BceLogits.
 template <bool kGradient, int kCount>
 __device__ __forceinline__ float bce_logits_group(const float (&x)[kCount],             // [kCount]
                                                   const float (&minus_target)[kCount],  // [kCount]

@@ -311,6 +311,17 @@ def test_extreme_logits_stay_finite(device: str) -> None:
     torch.testing.assert_close(ours.gradient, theirs.gradient.float())
 
 
+# The smallest is a vector's step, the largest many chunks.
+@pytest.mark.parametrize("n", [32, 256, 2048, 100_000])
+@pytest.mark.parametrize("x", [-0.3, -4.287016868591309, -9.415893554687500, -15.679332733154297])
+def test_mean_of_equal_losses(x: float, n: int, device: str) -> None:
+    """Whatever is lost in adding up equal numbers is lost to the same side each time."""
+    logits = torch.full((n,), x, device=device)
+    loss = fused_ce.BCEWithLogitsLoss()(logits, torch.zeros_like(logits))
+    exact = math.log1p(math.exp(torch.tensor(x).item()))
+    assert abs(loss.item() - exact) <= FLOOR[torch.float32] * 2**-23 * exact
+
+
 def test_nan_goes_through(device: str) -> None:
     x, t = torch.tensor([math.nan, 0.0, 1.0]), torch.tensor([1.0, math.nan, 1.0])
     for form in (LOGITS, FOCAL):

@@ -111,10 +111,52 @@ double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Rea
   return sum.total();
 }
 
+// The same for plain logits of which only the summed loss is wanted: one logarithm for many. Their
+// factors are multiplied as a tree, since equal ones would all round to the same side.
+template <Precision kPrecision, bool kGradient, class T, class Target, class Real>
+double sum_block(const Block<T, Target, Real>& block, Real scale) {
+  using V = typename Computing<Real>::Vector;
+  constexpr int kStep = Computing<Real>::kStep;
+  constexpr int kStepsPerSum = 4, kProducts = 8;
+  const V one = V{} + static_cast<Real>(1);
+  const V factor = V{} + scale;
+  typename Computing<Real>::Total sum;
+  V products[kProducts];
+  int place = 0;
+  for (int at = 0; at < block.count;) {
+    int last = at + kStepsPerSum * kStep;
+    if (last > block.count) last = block.count;
+    V few{}, product{};
+    for (; at < last; at += kStep) {
+      auto x = load_two<T>(block.input + at);
+      auto t = load_two<T>(block.target + at);
+      auto a = BceLogits::parts<kPrecision>(x.first, one - t.first, t.first, one, factor);
+      auto b = BceLogits::parts<kPrecision>(x.second, one - t.second, t.second, one, factor);
+      few += a.wrong_side + b.wrong_side;
+      product = log1p_product(product, log1p_product(a.e, b.e));
+      if constexpr (kGradient) store_two(block.gradient + at, Two<V>{a.gradient, b.gradient});
+    }
+    sum.add(few);
+    products[place++] = product;
+    if (place < kProducts && at < block.count) continue;
+    for (; place < kProducts; ++place) products[place] = V{};
+    for (int half = kProducts / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) products[i] = log1p_product(products[i], products[i + half]);
+    }
+    sum.add(math::log1p<Precision::kFull>(products[0], one + products[0]));
+    place = 0;
+  }
+  return sum.total();
+}
+
 template <BceForm kForm, Precision kPrecision, class T, class Target, class Real>
 double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
   bool options = block.negative != nullptr || block.positive != nullptr ||
                  block.weight != nullptr || block.upstream != nullptr;
+  if (kForm == BceForm::kLogits && a.loss && block.loss == nullptr && !options) {
+    return a.gradient ? sum_block<kPrecision, true>(block, scale)
+                      : sum_block<kPrecision, false>(block, scale);
+  }
   auto run = [&]<bool kLoss, bool kGradient> {
     return options ? run_block<Want<kForm, kPrecision, kLoss, kGradient, true>>(block, a, scale)
                    : run_block<Want<kForm, kPrecision, kLoss, kGradient, false>>(block, a, scale);
