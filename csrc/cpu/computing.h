@@ -10,13 +10,32 @@ namespace {
 // Elements of a buffer of the first-level cache.
 constexpr int kBlock = 1024;
 
+// All lanes of a vector, combined by halves.
+template <class V, class F, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2>
+FUSED_CE_HOST_DEVICE auto combine_lanes(V v, F combine) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    typedef std::conditional_t<sizeof(v[0]) == 4, int32_t, int64_t> Index
+        __attribute__((vector_size(sizeof(V))));
+    Index other;
+    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) other[i] = i ^ kHalf;
+    return combine_lanes<V, F, kHalf / 2>(combine(__builtin_shuffle(v, other), v), combine);
+  }
+}
+
 struct FloatsSum {
-  Doubles lanes{};
-  FUSED_CE_HOST_DEVICE void add(Floats v) { lanes += __builtin_convertvector(v, Doubles); }
+  typedef float HalfFloats __attribute__((vector_size(kLanes * 2)));
+  typedef double HalfDoubles __attribute__((vector_size(kLanes * 4)));
+  HalfDoubles low{}, high{};
+  FUSED_CE_HOST_DEVICE void add(Floats v) {
+    HalfFloats halves[2];
+    memcpy(halves, &v, sizeof(v));
+    low += __builtin_convertvector(halves[0], HalfDoubles);
+    high += __builtin_convertvector(halves[1], HalfDoubles);
+  }
   FUSED_CE_HOST_DEVICE double total() const {
-    double sums[4] = {};  // that do not wait for one another
-    for (int i = 0; i < kLanes; ++i) sums[i % 4] += lanes[i];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return combine_lanes(low + high, [](HalfDoubles x, HalfDoubles y) { return x + y; });
   }
 };
 
@@ -38,17 +57,9 @@ struct Computing<double> {
 template <class T>
 using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-FUSED_CE_HOST_DEVICE float sum_of_lanes(Floats v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
 FUSED_CE_HOST_DEVICE float max_of_lanes(Floats v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  return combine_lanes(v, math::Machine<Floats>::greater);
 }
-FUSED_CE_HOST_DEVICE double sum_of_lanes(double v) { return v; }
 FUSED_CE_HOST_DEVICE double max_of_lanes(double v) { return v; }
 
 }  // namespace

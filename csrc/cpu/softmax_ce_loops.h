@@ -32,14 +32,17 @@ struct RowBuffers {
   int64_t best_target[kRowsAtOnce];
 };
 
-// The operand's classes of one row, or one class of its rows, as an operand of one dimension.
-inline Operand classes_of(const ClassOperand& operand, const IndexSpace& rows, int64_t row) {
-  Operand classes;
-  classes.data = address_of(operand, offset_of(operand, rows, row));
-  classes.dtype = operand.dtype;
-  classes.strides[0] = operand.class_stride;
-  return classes;
-}
+// The operand's classes of one row as an operand of one dimension.
+struct RowClasses : Operand {
+  explicit RowClasses(const ClassOperand& operand) {
+    data = operand.data;
+    dtype = operand.dtype;
+    strides[0] = operand.class_stride;
+  }
+  void move_to(const ClassOperand& operand, const IndexSpace& rows, int64_t row) {
+    if (operand) data = address_of(operand, offset_of(operand, rows, row));
+  }
+};
 inline IndexSpace class_space(int64_t classes) {
   IndexSpace space;
   space.rank = 1;
@@ -286,6 +289,10 @@ enum class Terms { kPlain, kCoefficients, kAll };
 
 // ---- a vector holds classes ----
 
+// Loops over classes take steps of Computing::kStep of them, of which a block has at least one; the
+// last step ends where the block does, and so takes some classes again. Exponentials are kept step
+// behind step, each in the order of load_two.
+
 template <class T>
 auto block_max(const T* x, int count) {  // [count]
   using Real = RealOf<T>;
@@ -293,18 +300,14 @@ auto block_max(const T* x, int count) {  // [count]
   constexpr int kStep = Computing<Real>::kStep;
   V low = V{} - static_cast<Real>(INFINITY);
   Two<V> top{low, low};
-  int i = 0;
-  for (; i + kStep <= count; i += kStep) {
+  auto step = [&](int i) __attribute__((always_inline)) {
     Two<V> two = load_two<T>(x + i);
     top.first = math::Machine<V>::greater(two.first, top.first);
     top.second = math::Machine<V>::greater(two.second, top.second);
-  }
-  Real most = max_of_lanes(math::Machine<V>::greater(top.first, top.second));
-  for (; i < count; ++i) {
-    Real value = to_real<Real>(x[i]);
-    most = value > most ? value : most;
-  }
-  return most;
+  };
+  for (int i = 0; i + kStep <= count; i += kStep) step(i);
+  step(count - kStep);
+  return max_of_lanes(math::Machine<V>::greater(top.first, top.second));
 }
 
 // The coefficients of a block of classes: `factor` times what is stored for each, or for all alike.
@@ -320,9 +323,6 @@ struct Coefficients {
     if (own != nullptr) return load_two<T>(own + i);
     return each != nullptr ? load_two<T>(each + i) : Two<V>{V{} + Real{1}, V{} + Real{1}};
   }
-  FUSED_CE_HOST_DEVICE Real one(int i) const {
-    return own != nullptr ? to_real<Real>(own[i]) : each != nullptr ? each[i] : Real{1};
-  }
 };
 
 inline int64_t bytes_of(const Operand& operand, int64_t count) {
@@ -334,12 +334,31 @@ void prefetch(const T* from, int count) {  // [count]
 }
 
 // Asks for the memory of a step's elements, which need not exist.
-template <class T>
+template <bool kWrite = false, class T>
 FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
   constexpr int kBytes = Computing<RealOf<T>>::kStep * static_cast<int>(sizeof(T));
   for (int byte = 0; byte < kBytes; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x) + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + byte, kWrite);
   }
+}
+// How many elements ahead of a short row's: nearer ones come too late (measured with 1,000
+// classes).
+template <class T>
+constexpr int kAhead = 12288 / static_cast<int>(sizeof(T));
+
+// The places of a step's elements in it, in the order of load_two.
+template <class T>
+FUSED_CE_HOST_DEVICE auto places() {
+  using Real = RealOf<T>;
+  Real place[Computing<Real>::kStep];
+  for (int i = 0; i < Computing<Real>::kStep; ++i) place[i] = static_cast<Real>(i);
+  return load_two<T>(place);
+}
+// The sums of those lanes that are `in`.
+template <class V, class Mask>
+FUSED_CE_HOST_DEVICE SoftmaxSums<V> only(const SoftmaxSums<V>& sums, Mask in) {
+  return {sums.reference, in ? sums.exponentials : V{}, in ? sums.coefficients : V{},
+          in ? sums.cost : V{}, in ? sums.entropy : V{}};
 }
 
 // The sums are float64: the vectors' own are added to them after a few steps. What lies at `ahead`
@@ -347,7 +366,7 @@ FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,  // [count]
                                           Coefficients<T> coefficients,
-                                          Real* kept,  // [count] or null
+                                          Real* kept,  // [steps][kStep] or null
                                           int count, SoftmaxSums<double>& sums,
                                           const T* ahead) {  // [count]
   using V = typename Computing<Real>::Vector;
@@ -358,43 +377,51 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
   const Real reference = static_cast<Real>(finite_reference(sums.reference));
   const V top = V{} + reference;
   Total exponentials, all_coefficients, cost, entropy;
+  SoftmaxSums<V> one{}, other{};
+  auto step = [&](int i, int place) __attribute__((always_inline)) {
+    prefetch_step(ahead + i);
+    Two<V> l = load_two<T>(x + i);
+    Two<V> b{};
+    if constexpr (kWeighted) b = coefficients.two(i);
+    Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
+             add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
+    if (kept != nullptr) store_two(kept + place, e);
+  };
+  auto total = [&]() __attribute__((always_inline)) {
+    exponentials.add(one.exponentials + other.exponentials);
+    if constexpr (kEntropy) entropy.add(one.entropy + other.entropy);
+    if constexpr (kWeighted) {
+      all_coefficients.add(one.coefficients + other.coefficients);
+      cost.add(one.cost + other.cost);
+    }
+    one = other = SoftmaxSums<V>{};
+  };
   int i = 0;
   while (i + kStep <= count) {
     int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
-    SoftmaxSums<V> one{}, other{};
-    for (; i + kStep <= last; i += kStep) {
-      prefetch_step(ahead + i);
-      Two<V> l = load_two<T>(x + i);
-      Two<V> b{};
-      if constexpr (kWeighted) b = coefficients.two(i);
-      Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
-               add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
-      if (kept != nullptr) store_two(kept + i, e);
-    }
-    exponentials.add(one.exponentials + other.exponentials);
-    if (kEntropy) entropy.add(one.entropy + other.entropy);
-    if (!kWeighted) continue;
-    all_coefficients.add(one.coefficients + other.coefficients);
-    cost.add(one.cost + other.cost);
+    for (; i + kStep <= last; i += kStep) step(i, i);
+    total();
   }
-  SoftmaxSums<Real> rest{};
-  for (; i < count; ++i) {
-    Real b = kWeighted ? coefficients.one(i) : 0;
-    Real e = add_logit<kPrecision>(rest, reference, to_real<Real>(x[i]), b, kWeighted, kEntropy);
-    if (kept != nullptr) kept[i] = e;
+  if (i < count) {
+    step(count - kStep, i);
+    const Two<V> place = places<T>();
+    const V fresh = V{} + static_cast<Real>(i - (count - kStep));
+    one = only(one, place.first >= fresh);
+    other = only(other, place.second >= fresh);
+    total();
   }
-  sums.exponentials += exponentials.total() + rest.exponentials;
-  if (kEntropy) sums.entropy += entropy.total() + rest.entropy;
+  sums.exponentials += exponentials.total();
+  if (kEntropy) sums.entropy += entropy.total();
   if (!kWeighted || coefficients.factor == 0) return;
-  sums.cost += coefficients.factor * (cost.total() + rest.cost);
-  sums.coefficients += coefficients.factor * (all_coefficients.total() + rest.coefficients);
+  sums.cost += coefficients.factor * cost.total();
+  sums.coefficients += coefficients.factor * all_coefficients.total();
 }
 
 // The gradient of a block, from its logits, or from kept exponentials where `kept` is not null.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_gradient(const T* x,  // [count]
                                               Coefficients<T> coefficients,
-                                              const Real* kept,  // [count] or null
+                                              const Real* kept,  // [steps][kStep] or null
                                               int count, Real reference,
                                               const SoftmaxGradient<Real>& factors,
                                               const T* ahead,  // [count]
@@ -406,12 +433,12 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
   const Real shared = factors.coefficient * coefficients.factor;
   const SoftmaxGradient<V> f{V{} + factors.exponential, V{} + factors.entropy, V{} + shared,
                              V{} + factors.label};
-  int i = 0;
-  for (; i + kStep <= count; i += kStep) {
+  auto step = [&](int i, int place) __attribute__((always_inline)) -> Two<V> {
     Two<V> b{}, below{}, e;
     if constexpr (kWeighted) b = coefficients.two(i);
     if (!kEntropy && kept != nullptr) {
-      e = load_two<Real>(kept + i);
+      prefetch_step<true>(gradient + i + kAhead<T>);
+      e = load_two<Real>(kept + place);
     } else {
       prefetch_step(ahead + i);
       Two<V> l = load_two<T>(x + i);
@@ -419,17 +446,13 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
       e = {math::exp_negative<kPrecision>(below.first),
            math::exp_negative<kPrecision>(below.second)};
     }
-    store_two(gradient + i,
-              Two<V>{gradient_of(f, e.first, below.first, b.first, kWeighted, kEntropy),
-                     gradient_of(f, e.second, below.second, b.second, kWeighted, kEntropy)});
-  }
-  const SoftmaxGradient<Real> g{factors.exponential, factors.entropy, shared, factors.label};
-  for (; i < count; ++i) {
-    Real below = kept != nullptr ? 0 : reference - to_real<Real>(x[i]);
-    Real e = kept != nullptr ? kept[i] : math::exp_negative<kPrecision>(below);
-    Real b = kWeighted ? coefficients.one(i) : 0;
-    gradient[i] = from_real<T>(gradient_of(g, e, below, b, kWeighted, kEntropy));
-  }
+    return {gradient_of(f, e.first, below.first, b.first, kWeighted, kEntropy),
+            gradient_of(f, e.second, below.second, b.second, kWeighted, kEntropy)};
+  };
+  // Before anything is written, which may be over the logits.
+  const Two<V> last = step(count - kStep, (count - 1) / kStep * kStep);
+  for (int i = 0; i + kStep <= count; i += kStep) store_two(gradient + i, step(i, i));
+  store_two(gradient + count - kStep, last);
 }
 
 // Whether logits and gradient are of type T and lie one behind another, class by class.
@@ -438,10 +461,7 @@ bool lies_in_rows(const SoftmaxCeArguments& a) {
   const ClassOperand* operands[] = {&a.input, &a.gradient};
   for (const ClassOperand* operand : operands) {
     if (!*operand) continue;
-    Operand classes;
-    classes.dtype = operand->dtype;
-    classes.strides[0] = operand->class_stride;
-    if (!lies_flat<T>(classes, class_space(a.classes))) return false;
+    if (!lies_flat<T>(RowClasses(*operand), class_space(a.classes))) return false;
   }
   return true;
 }
@@ -465,30 +485,42 @@ struct ClassWise {
   Buffers& buffers;
   const IndexSpace space = class_space(a.classes);
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
+  RowClasses input{a.input}, target{a.target}, weight{a.weight}, gradient{a.gradient};
 
   template <class F>
   void for_each_block(F f) const {
-    for (int64_t c = 0; c < a.classes; c += kClassBlock) {
-      f(c, static_cast<int>(a.classes - c < kClassBlock ? a.classes - c : kClassBlock));
+    constexpr int kStep = Computing<Real>::kStep;
+    for (int64_t c = 0; c < a.classes;) {
+      int64_t left = a.classes - c;
+      int count = static_cast<int>(left <= kClassBlock          ? left
+                                   : left < kClassBlock + kStep ? kClassBlock - kStep
+                                                                : kClassBlock);
+      f(c, count);
+      c += count;
     }
   }
 
-  const T* logits(const Operand& row, int64_t c, int count) {
+  const T* logits(int64_t c, int count) {
     if constexpr (kMayBuffer) {
       if (!is_direct) {
-        gather(row, space, c, count, buffers.logits);
+        gather(input, space, c, count, buffers.logits);
         if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
         return buffers.logits;
       }
     }
-    return static_cast<const T*>(row.data) + c;
+    return static_cast<const T*>(input.data) + c;
+  }
+  Real label_logit(int64_t label) {
+    if (is_direct) return to_real<Real>(static_cast<const T*>(input.data)[label]);
+    Real logit;
+    gather(input, space, label, 1, &logit);
+    if (options.transforms) options.transform(&logit, nullptr, 1);
+    return logit;
   }
 
-  Coefficients<T> coefficients(const Operand& target, int64_t c, int count) {
+  Coefficients<T> coefficients(int64_t c, int count) {
     if (kTerms == Terms::kPlain || !options.has_coefficients) return {nullptr, nullptr, 0};
     const Real smoothed = options.smoothed;
-    Operand weight = a.weight;
-    weight.strides[0] = a.weight.class_stride;
     auto own = [&](const Operand& operand, Real factor) {
       return Coefficients<T>{static_cast<const T*>(operand.data) + c, nullptr, factor};
     };
@@ -513,15 +545,12 @@ struct ClassWise {
   }
 
   void row(int64_t row, int i, RowBuffers<Real>& rows) {
-    const Operand input = classes_of(a.input, a.rows, row);
-    const Operand target = a.has_probabilities ? classes_of(a.target, a.rows, row) : Operand{};
+    input.move_to(a.input, a.rows, row);
+    if (a.has_probabilities) target.move_to(a.target, a.rows, row);
     const bool keeps = is_direct && a.gradient && a.classes <= kClassBlock && !options.has_entropy;
     Real* kept = keeps ? buffers.kept : nullptr;
 
-    if (rows.label[i] >= 0) {
-      gather(input, space, rows.label[i], 1, &rows.label_logit[i]);
-      if (options.transforms) options.transform(&rows.label_logit[i], nullptr, 1);
-    }
+    if (rows.label[i] >= 0) rows.label_logit[i] = label_logit(rows.label[i]);
     SoftmaxSums<double> sums{-INFINITY, 0, 0, 0, 0};
     // The rounding of lse is that of a whole gradient: it is good enough for half types alone.
     if (a.is_backward && a.lse && a.half_precision && !options.has_coefficients &&
@@ -531,13 +560,13 @@ struct ClassWise {
       kept = nullptr;
     } else {
       for_each_block([&](int64_t c, int count) {
-        const T* x = logits(input, c, count);
+        const T* x = logits(c, count);
         admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
-        block_sums<kTerms, kPrecision>(x, coefficients(target, c, count), kept, count, sums,
-                                       x + count);
+        block_sums<kTerms, kPrecision>(x, coefficients(c, count), kept, count, sums,
+                                       x + (count > kAhead<T> ? count : kAhead<T>));
       });
     }
-    if (options.finds_largest) find_largest(input, target, rows, i);
+    if (options.finds_largest) find_largest(rows, i);
     sums.reference = finite_reference(sums.reference);
     auto result = SoftmaxRow<double>::evaluate(sums, !a.has_probabilities, rows.label_weight[i],
                                                rows.label_logit[i], options.z_loss);
@@ -547,7 +576,7 @@ struct ClassWise {
     rows.entropy[i] = static_cast<Real>(result.entropy);
     if (!a.gradient) return;
 
-    const Operand gradient = classes_of(a.gradient, a.rows, row);
+    gradient.move_to(a.gradient, a.rows, row);
     auto exact = SoftmaxGradient<double>::evaluate(sums, result, rows.label_weight[i],
                                                    options.z_loss, rows.grad_loss[i],
                                                    rows.grad_lse[i], rows.grad_entropy[i]);
@@ -560,11 +589,11 @@ struct ClassWise {
       at_label = gradient_at(rows.label[i], rows.label_logit[i], reference, factors);
     }
     for_each_block([&](int64_t c, int count) {
-      const T* x = logits(input, c, count);
+      const T* x = logits(c, count);
       const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
       T* to = is_direct ? static_cast<T*>(gradient.data) + c : buffers.gradient;
-      block_gradient<kTerms, kPrecision>(x, coefficients(target, c, count), kept, count, reference,
-                                         factors, ahead, to);
+      block_gradient<kTerms, kPrecision>(x, coefficients(c, count), kept, count, reference, factors,
+                                         ahead, to);
       if constexpr (kMayBuffer) {
         if (is_direct) return;
         if (options.transforms) {
@@ -573,7 +602,12 @@ struct ClassWise {
         scatter(to, gradient, space, c, count);
       }
     });
-    if (rows.label[i] >= 0) scatter(&at_label, gradient, space, rows.label[i], 1);
+    if (rows.label[i] < 0) return;
+    if (is_direct) {
+      static_cast<T*>(gradient.data)[rows.label[i]] = from_real<T>(at_label);
+    } else {
+      scatter(&at_label, gradient, space, rows.label[i], 1);
+    }
   }
 
   // The label's own gradient, where the two terms meet before anything is rounded.
@@ -592,7 +626,7 @@ struct ClassWise {
     return gradient * options.scale;
   }
 
-  void find_largest(const Operand& input, const Operand& target, RowBuffers<Real>& rows, int i) {
+  void find_largest(RowBuffers<Real>& rows, int i) {
     Largest<Real> best{}, best_target{};
     for_each_block([&](int64_t c, int count) {
       gather(input, space, c, count, buffers.slope);
@@ -607,7 +641,7 @@ struct ClassWise {
   }
 
   void clear(int64_t row) {
-    const Operand gradient = classes_of(a.gradient, a.rows, row);
+    gradient.move_to(a.gradient, a.rows, row);
     for (int k = 0; k < kClassBlock && k < a.classes; ++k) buffers.kept[k] = 0;
     for_each_block([&](int64_t c, int count) { scatter(buffers.kept, gradient, space, c, count); });
   }
