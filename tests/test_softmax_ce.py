@@ -159,7 +159,10 @@ def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, d
         (37, 8),
         (37, 32),
         (37, 128),  # powers of two, whose rows would share banks of a GPU's shared memory
-        (5, 127),
+        (70, 2),
+        (70, 3),
+        (70, 4),  # few classes, whose rows a CPU turns by whole vectors, and rows left over
+        (70, 127),  # the most that a CPU takes by rows
         (5, 129),
         (7, 300),  # rows that eight lanes take
         (3, 1000),

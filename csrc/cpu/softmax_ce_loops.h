@@ -16,8 +16,9 @@ constexpr int kRowsAtOnce = 512;
 constexpr int kClassBlock = 4096;
 constexpr int kRowBlock = 16384;
 constexpr int kClassesPerSum = 4;
-// From so many classes on, a vector holds classes.
-constexpr int64_t kManyClasses = 64;
+// From so many classes on, a vector holds classes; with probabilities, which rows take one class at
+// a time, from as few as a step has.
+constexpr int64_t kManyClasses = 128, kManyProbabilities = 32;
 
 // What is read and written once a row, for up to kRowsAtOnce of them.
 template <class Real>
@@ -755,30 +756,52 @@ struct RowWise {
   }
   // The same if the rows' values for a class lie one behind another.
   char* dense(const ClassOperand& operand, int64_t c) const { return strided(operand, c, 1); }
-  // The first row's classes, if all rows' classes lie one behind another, in squares worth turning.
+  // The first row's classes, if all rows' classes lie one behind another.
   char* in_rows(const ClassOperand& operand) const {
-    bool wanted = a.classes > 1 && operand.class_stride == 1 && 4 * a.classes > kWidth &&
-                  with_own_type(operand.dtype, [](auto) {});
+    bool wanted =
+        a.classes > 1 && operand.class_stride == 1 && with_own_type(operand.dtype, [](auto) {});
     return wanted ? strided(operand, 0, a.classes) : nullptr;
   }
-  // Calls tile(row, class) for squares of kWidth rows and classes, which cover the leading rows,
-  // and returns how many these are. With fewer classes, squares reach into the rows that follow.
-  template <class F>
-  int for_each_square(int classes, F tile) const {
-    int beyond = classes < kWidth ? (kWidth + classes - 1) / classes : 0;
+  // Calls few.operator()<classes>(row) for groups of kWidth rows of few classes, or square(row,
+  // class) for squares of kWidth rows and classes, which cover the leading rows, and returns how
+  // many these are. With fewer classes, squares reach into the rows that follow.
+  template <class Few, class Square>
+  int turn(int classes, Few few, Square square) const {
     int row = 0;
+    auto groups = [&]<int kClasses> {
+      for (; row + kWidth <= count; row += kWidth) few.template operator()<kClasses>(row);
+      return row;
+    };
+    if (classes == 2) return groups.template operator()<2>();
+    if (classes == 3) return groups.template operator()<3>();
+    if (classes == 4) return groups.template operator()<4>();
+    int beyond = classes < kWidth ? (kWidth + classes - 1) / classes : 0;
     for (; row + kWidth + beyond <= count; row += kWidth) {
       for (int k = 0; k < classes; k += kWidth) {
-        tile(row, classes < kWidth || k + kWidth <= classes ? k : classes - kWidth);
+        square(row, classes < kWidth || k + kWidth <= classes ? k : classes - kWidth);
       }
     }
     return row;
   }
   template <class T>
   void turn_in(const T* from, int classes) {  // [count][classes]
-    int row = for_each_square(classes, [&](int i, int k) {
+    auto few = [&]<int kClasses>(int i) {
+      V v[kClasses];
+      for (int k = 0; k < kClasses; ++k) {
+        const T* p = from + i * kClasses + k * kWidth;
+        __builtin_prefetch(p + kAhead<T>);
+        v[k] = load(p);
+      }
+      to_columns(v);
+      for (int k = 0; k < kClasses; ++k) store(b.logits + k * stride + i, v[k]);
+    };
+    int row = turn(classes, few, [&](int i, int k) {
       V square[kWidth];
-      for (int j = 0; j < kWidth; ++j) square[j] = load(from + int64_t{i + j} * classes + k);
+      for (int j = 0; j < kWidth; ++j) {
+        const T* p = from + int64_t{i + j} * classes + k;
+        __builtin_prefetch(p + kAhead<T>);
+        square[j] = load(p);
+      }
       transpose(square);
       int columns = classes < kWidth ? classes : kWidth;
       for (int j = 0; j < columns; ++j) store(b.logits + (k + j) * stride + i, square[j]);
@@ -791,13 +814,27 @@ struct RowWise {
   }
   template <class T>
   void turn_out(T* to, int classes) const {  // [count][classes]
-    int row = for_each_square(classes, [&](int i, int k) {
+    auto few = [&]<int kClasses>(int i) {
+      V v[kClasses];
+      for (int k = 0; k < kClasses; ++k) v[k] = load(b.logits + k * stride + i);
+      to_rows(v);
+      for (int k = 0; k < kClasses; ++k) {
+        T* p = to + i * kClasses + k * kWidth;
+        __builtin_prefetch(p + kAhead<T>, 1);
+        store(p, v[k]);
+      }
+    };
+    int row = turn(classes, few, [&](int i, int k) {
       V square[kWidth];
       int columns = classes < kWidth ? classes : kWidth;
       for (int j = 0; j < columns; ++j) square[j] = load(b.logits + (k + j) * stride + i);
       for (int j = columns; j < kWidth; ++j) square[j] = V{};
       transpose(square);
-      for (int j = 0; j < kWidth; ++j) store(to + int64_t{i + j} * classes + k, square[j]);
+      for (int j = 0; j < kWidth; ++j) {
+        T* p = to + int64_t{i + j} * classes + k;
+        __builtin_prefetch(p + kAhead<T>, 1);
+        store(p, square[j]);
+      }
     });
     for (int i = row; i < count; ++i) {
       for (int k = 0; k < classes; ++k) {
@@ -873,11 +910,15 @@ struct RowWise {
                                                   : kClassesAhead;
     for (int i = 0; i < padded; i += kWidth) {
       for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
-      SoftmaxSums<V> sums = b.sums.at(i);
       const Real* at = b.logits + i;
-      V top = load(at);
+      const V low = V{} - static_cast<Real>(INFINITY);
+      V top = math::Machine<V>::greater(load(at), low);
       for (int k = 1; k < classes; ++k) top = math::Machine<V>::greater(load(at + k * stride), top);
-      admit(sums, top, smooths || weighs, entropy);
+      SoftmaxSums<V> sums{top, V{}, V{}, V{}, V{}};
+      if (c > 0) {
+        sums = b.sums.at(i);
+        admit(sums, top, smooths || weighs, entropy);
+      }
       if (weighs) {
         b.sums.put(i, sums);
         continue;
@@ -1031,7 +1072,8 @@ struct RowWise {
     bool single = a.classes <= block;
     bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
     has_dead = rows.ignored > 0 && skips_ignored(a);
-    for (int i = 0; i < padded; i += kWidth) {
+    // Of no classes there is no first block, which sets the sums.
+    for (int i = 0; a.classes == 0 && i < padded; i += kWidth) {
       b.sums.put(i, {V{} - static_cast<Real>(INFINITY), V{}, V{}, V{}, V{}});
     }
     for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
@@ -1105,7 +1147,7 @@ using Chunk = double (*)(const SoftmaxCeArguments& a, int64_t begin, int64_t end
 inline bool holds_rows(const SoftmaxCeArguments& a) {
   bool in_columns =
       a.input.class_stride != 1 && a.input.strides[0] == 1 && a.rows.sizes[0] >= kLanes;
-  return a.classes < kManyClasses || in_columns;
+  return a.classes < (a.has_probabilities ? kManyProbabilities : kManyClasses) || in_columns;
 }
 
 template <class T, Precision kPrecision>

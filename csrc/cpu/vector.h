@@ -278,7 +278,62 @@ FUSED_CE_HOST_DEVICE void transpose(Floats (&square)[kLanes]) {
   }
 }
 
+// kCount vectors are kLanes rows of kCount columns that lie one behind another, or these columns.
+// Which lanes of what has been gathered (the first kLanes) and of vector `from` make up one of
+// them.
+template <int kCount>
+struct FewTurns {
+  alignas(64) int32_t to_columns[kCount][kCount][kLanes] = {};  // [column][from][lane]
+  alignas(64) int32_t to_rows[kCount][kCount][kLanes] = {};     // [vector][from][lane]
+  constexpr FewTurns() {
+    for (int i = 0; i < kCount; ++i) {
+      for (int from = 1; from < kCount; ++from) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          int place = lane * kCount + i;  // of row `lane`'s element of column i
+          to_columns[i][from][lane] = pick(place / kLanes, place % kLanes, from, lane);
+          place = i * kLanes + lane;
+          to_rows[i][from][lane] = pick(place % kCount, place / kCount, from, lane);
+        }
+      }
+    }
+  }
+  static constexpr int32_t pick(int vector, int lane, int from, int own) {
+    return vector == from ? kLanes + lane : from == 1 && vector == 0 ? lane : own;
+  }
+};
+template <int kCount>
+FUSED_CE_HOST_DEVICE void transpose_few(const int32_t (&turns)[kCount][kCount][kLanes],
+                                        Floats (&v)[kCount]) {
+  Floats turned[kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    turned[i] = v[0];
+#pragma GCC unroll 4
+    for (int from = 1; from < kCount; ++from) {
+      Ints lanes;
+      memcpy(&lanes, turns[i][from], sizeof(lanes));
+      turned[i] = __builtin_shuffle(turned[i], v[from], lanes);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) v[i] = turned[i];
+}
+template <int kCount>
+FUSED_CE_HOST_DEVICE void to_columns(Floats (&v)[kCount]) {
+  static constexpr FewTurns<kCount> kTurns;
+  transpose_few(kTurns.to_columns, v);
+}
+template <int kCount>
+FUSED_CE_HOST_DEVICE void to_rows(Floats (&v)[kCount]) {
+  static constexpr FewTurns<kCount> kTurns;
+  transpose_few(kTurns.to_rows, v);
+}
+
+// float64 has a row to a vector.
 FUSED_CE_HOST_DEVICE void transpose(double (&)[1]) {}
+template <int kCount>
+FUSED_CE_HOST_DEVICE void to_columns(double (&)[kCount]) {}
+template <int kCount>
+FUSED_CE_HOST_DEVICE void to_rows(double (&)[kCount]) {}
 
 template <class Real, class T>
 FUSED_CE_HOST_DEVICE Real to_real(T x) {
