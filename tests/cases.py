@@ -5,6 +5,7 @@ The oracle of a form is float64 PyTorch on the CPU, written here without fused_c
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,15 @@ from fused_ce import backends
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("none", "mean", "sum")
+
+# (torch's deprecated arguments, the reduction that they mean)
+LEGACY_REDUCTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"size_average": False}, "sum"),
+    ({"size_average": True}, "mean"),
+    ({"reduce": False}, "none"),
+    ({"size_average": False, "reduce": True}, "sum"),
+    ({"reduction": "elementwise_mean"}, "mean"),
+]
 
 ALPHA, GAMMA = 0.25, 2.0
 
@@ -296,6 +306,18 @@ def ulps(actual: Tensor, exact: Tensor, scale: float = 0.0) -> float:
     magnitude = exact.double().abs().clamp_min(max(scale, info.tiny))
     unit = info.eps * torch.exp2(torch.floor(torch.log2(magnitude)))
     return ((actual.double() - exact.double()).abs() / unit).nan_to_num(nan=math.inf).max().item()
+
+
+def double(value: Any) -> Any:
+    """A tensor of floats in float64, for the oracle; labels and numbers as they are."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def positional(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Names and defaults of the parameters that may be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
 
 def allocated(function: Callable[[], Any]) -> int:

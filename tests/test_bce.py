@@ -4,7 +4,6 @@ strides, extras, and the life of the gradient."""
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -21,12 +20,14 @@ from cases import (
     GAMMA,
     INTEGERS,
     LAYOUTS,
+    LEGACY_REDUCTIONS,
     LOGITS,
     PROBABILITY,
     REDUCTIONS,
     Form,
     Result,
     allocated,
+    double,
     dtype_id,
     exact,
     exact_focal_loss,
@@ -34,6 +35,7 @@ from cases import (
     make_input,
     make_target,
     on,
+    positional,
     run,
     torchvision_focal_loss,
     ulps,
@@ -54,10 +56,6 @@ FLOOR = {torch.float64: 32.0, torch.float32: 3.0, torch.float16: 0.6, torch.bflo
 
 each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-def double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value
 
 
 def is_bool(value: Any) -> bool:
@@ -477,11 +475,6 @@ def test_float16_gradient_under_a_loss_scale(reduction: str, device: str) -> Non
 # ---- signatures and modules ----------------------------------------------------------------------
 
 
-def positional(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    parameters = inspect.signature(function).parameters.values()
-    return [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -507,17 +500,7 @@ def test_arguments_by_position(device: str) -> None:
     torch.testing.assert_close(ours.cpu(), theirs)
 
 
-@pytest.mark.parametrize(
-    ("legacy", "means"),
-    [
-        ({"size_average": False}, "sum"),
-        ({"size_average": True}, "mean"),
-        ({"reduce": False}, "none"),
-        ({"size_average": False, "reduce": True}, "sum"),
-        ({"reduction": "elementwise_mean"}, "mean"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("legacy", "means"), LEGACY_REDUCTIONS, ids=str)
 @pytest.mark.parametrize("form", [LOGITS, PROBABILITY], ids=form_id)
 def test_legacy_reductions_warn(form: Form, legacy: dict[str, Any], means: str) -> None:
     x, t = make_input(form, (5,)), make_target((5,))

@@ -4,7 +4,6 @@ statistics, the life of the gradient, and the defects that other implementations
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -16,14 +15,17 @@ import torch.nn.functional as F
 from cases import (
     FLOATS,
     LAYOUTS,
+    LEGACY_REDUCTIONS,
     REDUCTIONS,
     Result,
     allocated,
     capped,
+    double,
     dtype_id,
     exact_cross_entropy,
     is_native,
     on,
+    positional,
     run,
     ulps,
 )
@@ -43,11 +45,6 @@ IGNORED = -100
 FLOOR = {F64: 32.0, F32: 4.0, F16: 0.6, BF16: 0.6}
 
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-def double(value: Any) -> Any:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if is_float else value
 
 
 def make_logits(shape: tuple[int, ...], dtype: torch.dtype = F32) -> Tensor:
@@ -1238,11 +1235,6 @@ def test_stats_are_a_named_tuple(device: str) -> None:
 # ---- signatures and modules ----------------------------------------------------------------------
 
 
-def positional(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    parameters = inspect.signature(function).parameters.values()
-    return [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -1264,17 +1256,7 @@ def test_arguments_by_position(device: str) -> None:
     torch.testing.assert_close(ours.cpu(), theirs)
 
 
-@pytest.mark.parametrize(
-    ("legacy", "means"),
-    [
-        ({"size_average": False}, "sum"),
-        ({"size_average": True}, "mean"),
-        ({"reduce": False}, "none"),
-        ({"size_average": False, "reduce": True}, "sum"),
-        ({"reduction": "elementwise_mean"}, "mean"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("legacy", "means"), LEGACY_REDUCTIONS, ids=str)
 def test_legacy_reductions_warn(legacy: dict[str, Any], means: str) -> None:
     x, t = make_logits((4, 5)), make_labels((4, 5))
     expected = cross_entropy(x, t, reduction=means)
