@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -328,6 +332,51 @@ def allocated(function: Callable[[], Any]) -> int:
         function()
     events = profile.profiler.kineto_results.events()
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+
+
+def far_memory(elements: int, device: str) -> Tensor:
+    """That many bfloat16 values, none of them written."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * elements:
+        pytest.skip(f"needs {elements >> 29} GiB of device memory")
+    return torch.empty(elements, dtype=torch.bfloat16, device=device)
+
+
+def zeros(shape: tuple[int, ...] | int, dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros, which take up no memory on the CPU until they are written."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(shape, f"i{size}")).view(dtype)
+
+
+def require_memory(size: int, device: str) -> None:
+    """Skips a test that writes `size` bytes where there are hardly as many."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        memory = Path("/proc/meminfo")
+        text = memory.read_text(encoding="ascii") if memory.exists() else "MemAvailable: 0"
+        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    if free < 1.4 * size:
+        pytest.skip(f"needs {1.4 * size / 2**30:.0f} GiB of memory")
+
+
+def skip_where_slow(
+    loss_function: Callable[..., Tensor], shape: tuple[int, ...], elements: int, device: str
+) -> None:
+    """Skips a test of so many elements where it would take minutes, to judge by the shape's, or
+    copies of them all."""
+    if not is_native(device):
+        pytest.skip("plain PyTorch makes copies")
+    x = torch.zeros(shape, device=device)
+    t = torch.zeros(shape[:1] + shape[2:], dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        loss_function(x, t).item()
+        seconds.append(time.perf_counter() - start)
+    if min(seconds) * elements / x.numel() > 60:
+        pytest.skip("takes minutes here")
 
 
 def is_native(device: str) -> bool:

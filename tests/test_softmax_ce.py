@@ -23,11 +23,15 @@ from cases import (
     double,
     dtype_id,
     exact_cross_entropy,
+    far_memory,
     is_native,
     on,
     positional,
+    require_memory,
     run,
+    skip_where_slow,
     ulps,
+    zeros,
 )
 from torch import Tensor, nn
 
@@ -680,13 +684,6 @@ def test_all_logits_at_minus_200(dtype: torch.dtype, device: str) -> None:
         assert ulps(result.loss, right) <= FLOOR[dtype]
 
 
-def far_memory(elements: int, device: str) -> Tensor:
-    """That many bfloat16 values, none of them written."""
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * elements:
-        pytest.skip(f"needs {elements >> 29} GiB of device memory")
-    return torch.empty(elements, dtype=BF16, device=device)
-
-
 # 5 classes are a thread's or a warp's, 5000 a block's.
 @pytest.mark.parametrize("classes", [5, 5000])
 @pytest.mark.parametrize("distance", [2**31 + 8, 2**32 + 24], ids=["2^31", "2^32"])
@@ -733,15 +730,40 @@ def test_more_than_32_bits_count_of_which_few_are_read(device: str) -> None:
         torch.testing.assert_close(loss.cpu(), right)
 
 
-# On the CPU, whose kernels are done with two billion logits in seconds.
-@pytest.mark.skipif(not is_native("cpu"), reason="plain PyTorch copies the logits")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_more_logits_than_32_bits_count(reduction: str) -> None:
+def test_more_logits_than_32_bits_count(reduction: str, device: str) -> None:
     rows, classes = 2**21 + 1, 1024
+    skip_where_slow(cross_entropy, (2**10, classes), rows * classes, device)
     x, t = torch.zeros(1, 1).expand(rows, classes), torch.zeros(1, dtype=torch.uint8).expand(rows)
-    loss = cross_entropy(x, t, reduction=reduction).item()
+    loss = cross_entropy(on(x, device), on(t, device), reduction=reduction).item()
     right = math.log(classes) * (rows if reduction == "sum" else 1)
     assert loss == pytest.approx(right, rel=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(2**21 + 1, 1024), (2, 3, 357_913_943)], ids=str)
+def test_more_gradients_than_32_bits_count(shape: tuple[int, ...], device: str) -> None:
+    skip_where_slow(cross_entropy, (2**10, *shape[1:2]), math.prod(shape), device)
+    size = 2 * math.prod(shape)
+    require_memory(size if device == "cpu" else 3 * size, device)
+    x, t = zeros(shape, BF16, device), zeros(rows_of(shape), torch.uint8, device)
+    odd, label = make_logits((1, shape[1]), BF16), torch.tensor([2], dtype=torch.uint8)
+    places = [(0, 12345), (1, shape[2] - 1)] if len(shape) == 3 else [(12345,), (shape[0] - 1,)]
+    for place in places:
+        x.movedim(1, -1)[place], t[place] = odd[0].to(device), 2
+    leaf = x.requires_grad_()
+    loss = cross_entropy(leaf, t, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    of_odd = run(cross_entropy, odd, label, device=device, reduction="sum")
+    others = run(cross_entropy, odd * 0, label * 0, device=device, reduction="sum")
+    right = 2 * of_odd.loss.item() + (t.numel() - 2) * math.log(shape[1])
+    assert loss.item() == pytest.approx(right, rel=2**-8)
+    for place in places:
+        row = gradient.movedim(1, -1)[place]
+        torch.testing.assert_close(row.cpu(), of_odd.gradient[0])
+        row.copy_(others.gradient[0])
+    for found, wanted in zip(gradient.split([1, shape[1] - 1], 1), (0, 1), strict=True):
+        value = others.gradient[0, wanted]
+        assert [v.cpu() for v in found.aminmax()] == [value, value]
 
 
 def test_logits_under_no_grad_are_left_alone(device: str) -> None:
