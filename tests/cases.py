@@ -334,6 +334,14 @@ def allocated(function: Callable[[], Any]) -> int:
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
+def allocated_with_gradient(function: Callable[[], Tensor], leaf: Tensor) -> int:
+    """Bytes that torch allocates for the function's result and its gradient, on the CPU."""
+    results: list[Tensor] = []
+    forward = allocated(lambda: results.append(function()))
+    seed = torch.ones_like(results[0])
+    return forward + allocated(lambda: torch.autograd.grad(results[0], leaf, seed))
+
+
 def far_memory(elements: int, device: str) -> Tensor:
     """That many bfloat16 values, none of them written."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * elements:

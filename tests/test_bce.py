@@ -7,6 +7,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from cases import (
     Form,
     Result,
     allocated,
+    allocated_with_gradient,
     double,
     dtype_id,
     exact,
@@ -924,6 +926,26 @@ def test_memory(dtype: torch.dtype, options: dict[str, Any], buffers: int) -> No
     assert forward + backward - size <= buffers * size + few
     with torch.no_grad():
         assert allocated(lambda: bce_with_logits(logits, t, **options)) <= few
+
+
+# On the CPU, where the profiler sees each allocation.
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+@each_form
+def test_memory_of_strided_logits(form: Form, layout: str, dtype: torch.dtype) -> None:
+    """No copy in another order: the gradient's buffer, or none without a gradient."""
+    shape = (5, 3, 7, 11)
+    few = 64
+    leaf = LAYOUTS[layout](make_input(form, shape, dtype)).requires_grad_()
+    size = leaf.numel() * leaf.element_size()
+    options = {} if form is FOCAL else {"weight": torch.rand(3, 1, 1)}
+    for t in (make_target(shape, torch.bool), LAYOUTS[layout](make_target(shape, dtype))):
+        for reduction in REDUCTIONS:
+            result = size if reduction == "none" else 0
+            loss = partial(form.ours, leaf, t, reduction=reduction, **options)
+            assert size <= allocated_with_gradient(loss, leaf) - result <= size + few
+            with torch.no_grad():
+                assert allocated(loss) <= result + few
 
 
 # ---- backward ------------------------------------------------------------------------------------

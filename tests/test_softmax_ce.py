@@ -7,6 +7,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from cases import (
     REDUCTIONS,
     Result,
     allocated,
+    allocated_with_gradient,
     capped,
     double,
     dtype_id,
@@ -1421,6 +1423,26 @@ def test_memory(dtype: torch.dtype, options: dict[str, Any], buffers: int) -> No
     assert total <= buffers * size + few
     with torch.no_grad():
         assert allocated(forward) <= few
+
+
+# On the CPU, where the profiler sees each allocation.
+@pytest.mark.skipif(not is_native("cpu"), reason="plain PyTorch makes copies")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_memory_of_strided_logits(layout: str, dtype: torch.dtype) -> None:
+    """No copy with the classes side by side: the gradient's buffer, or none without a gradient."""
+    shape = (5, 31, 7, 11)
+    rows = 5 * 7 * 11
+    leaf = LAYOUTS[layout](make_logits(shape, dtype)).requires_grad_()
+    size = leaf.numel() * leaf.element_size()
+    probabilities = LAYOUTS[layout](make_probabilities(shape, dtype))
+    for t in (make_labels(shape, torch.int16), probabilities):
+        for reduction in REDUCTIONS:
+            few = rows * (8 + 8 * (reduction == "none"))  # sums of rows, and their losses
+            loss = partial(cross_entropy, leaf, t, reduction=reduction)
+            assert size <= allocated_with_gradient(loss, leaf) <= size + few
+            with torch.no_grad():
+                assert allocated(loss) <= few
 
 
 # ---- backward ------------------------------------------------------------------------------------
