@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +38,7 @@ from cases import (
     exact_focal_loss,
     far_memory,
     form_id,
+    is_native,
     make_input,
     make_target,
     on,
@@ -1068,6 +1072,31 @@ def test_reference_backend(form: Form, reduction: str, device: str) -> None:
         for a, b in zip(ours, theirs, strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_environment_variable_chooses_the_backend(name: str) -> None:
+    """In another process, since it is read when the package is imported."""
+    if name == "native" and not is_native("cpu"):
+        pytest.skip("no native kernels here")
+    code = """if True:
+        import torch
+        from fused_ce import backends, functional
+        print(*sorted({backend for _, device, backend in backends.table() if device == "cpu"}))
+        with torch.profiler.profile() as profile:
+            loss = functional.binary_cross_entropy_with_logits(torch.zeros(3), torch.ones(3))
+        print(loss.item(), "aten::mul" in {event.key for event in profile.key_averages()})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FUSED_CE_BACKEND": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    serving, loss, composed = done.stdout.split()
+    assert (serving, composed) == (name, str(name == "reference"))
+    assert float(loss) == pytest.approx(math.log(2))
 
 
 def test_reference_alpha_and_gamma(device: str) -> None:

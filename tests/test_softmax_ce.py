@@ -782,20 +782,29 @@ def test_logits_under_no_grad_are_left_alone(device: str) -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("classes", [2, 10, 33, 1000])
-def test_ignored_rows_poison_no_others(classes: int, device: str) -> None:
+# On CUDA rows of a thread, a few lanes, a warp, a block and several blocks, and classes apart.
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("classes", [2, 10, 33, 1000, 5003, 40_009])
+@each_reduction
+def test_ignored_rows_poison_no_others(
+    reduction: str, classes: int, layout: str, device: str
+) -> None:
     """NaN everywhere where what an ignored row holds enters a sum, times zero or not."""
     x, t = make_logits((9, classes)), make_labels((9, classes))
     t[::2] = IGNORED
-    for bad in (math.nan, math.inf, -math.inf):
-        x[::2] = bad
-        x[8, :-1] = 0.0
-        for dtype in (F32, BF16):
-            result = run(cross_entropy, x.to(dtype), t, device=device)
-            kept = run(cross_entropy, x[1::2].to(dtype), t[1::2], device=device)
-            torch.testing.assert_close(result.loss, kept.loss)
-            torch.testing.assert_close(result.gradient[1::2], kept.gradient)
-            assert (result.gradient[::2] == 0).all()
+    x[0], x[2], x[4], x[6:9:2] = math.nan, math.inf, -math.inf, 0.0
+    x[6, -1], x[8, classes // 2] = math.nan, math.inf
+    for dtype in (F32, BF16):
+        logits = LAYOUTS[layout](x.to(dtype))
+        result = run(cross_entropy, logits, t, device=device, reduction=reduction)
+        kept = run(cross_entropy, logits[1::2], t[1::2], device=device, reduction=reduction)
+        loss = result.loss
+        if reduction == "none":
+            assert (loss[::2] == 0).all()
+            loss = loss[1::2]
+        torch.testing.assert_close(loss, kept.loss)
+        torch.testing.assert_close(result.gradient[1::2], kept.gradient)
+        assert (result.gradient[::2] == 0).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
