@@ -372,7 +372,7 @@ def require_memory(size: int, device: str) -> None:
 def skip_where_slow(
     loss_function: Callable[..., Tensor], shape: tuple[int, ...], elements: int, device: str
 ) -> None:
-    """Skips a test of so many elements where it would take minutes, to judge by the shape's, or
+    """Skips a test of so many elements where it would take long, to judge by the shape's, or
     copies of them all."""
     if not is_native(device):
         pytest.skip("plain PyTorch makes copies")
@@ -383,8 +383,8 @@ def skip_where_slow(
         start = time.perf_counter()
         loss_function(x, t).item()
         seconds.append(time.perf_counter() - start)
-    if min(seconds) * elements / x.numel() > 60:
-        pytest.skip("takes minutes here")
+    if min(seconds) * elements / x.numel() > 20:
+        pytest.skip("takes long here")
 
 
 def is_native(device: str) -> bool:
