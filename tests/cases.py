@@ -5,10 +5,15 @@ The oracle of a form is float64 PyTorch on the CPU, written here without fused_c
 
 from __future__ import annotations
 
+import inspect
 import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +24,15 @@ from fused_ce import backends
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("none", "mean", "sum")
+
+# (torch's deprecated arguments, the reduction that they mean)
+LEGACY_REDUCTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"size_average": False}, "sum"),
+    ({"size_average": True}, "mean"),
+    ({"reduce": False}, "none"),
+    ({"size_average": False, "reduce": True}, "sum"),
+    ({"reduction": "elementwise_mean"}, "mean"),
+]
 
 ALPHA, GAMMA = 0.25, 2.0
 
@@ -298,6 +312,18 @@ def ulps(actual: Tensor, exact: Tensor, scale: float = 0.0) -> float:
     return ((actual.double() - exact.double()).abs() / unit).nan_to_num(nan=math.inf).max().item()
 
 
+def double(value: Any) -> Any:
+    """A tensor of floats in float64, for the oracle; labels and numbers as they are."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def positional(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Names and defaults of the parameters that may be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
 def allocated(function: Callable[[], Any]) -> int:
     """Bytes that torch allocates in the call, on the CPU."""
     with torch.profiler.profile(
@@ -306,6 +332,59 @@ def allocated(function: Callable[[], Any]) -> int:
         function()
     events = profile.profiler.kineto_results.events()
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+
+
+def allocated_with_gradient(function: Callable[[], Tensor], leaf: Tensor) -> int:
+    """Bytes that torch allocates for the function's result and its gradient, on the CPU."""
+    results: list[Tensor] = []
+    forward = allocated(lambda: results.append(function()))
+    seed = torch.ones_like(results[0])
+    return forward + allocated(lambda: torch.autograd.grad(results[0], leaf, seed))
+
+
+def far_memory(elements: int, device: str) -> Tensor:
+    """That many bfloat16 values, none of them written."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * elements:
+        pytest.skip(f"needs {elements >> 29} GiB of device memory")
+    return torch.empty(elements, dtype=torch.bfloat16, device=device)
+
+
+def zeros(shape: tuple[int, ...] | int, dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros, which take up no memory on the CPU until they are written."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(shape, f"i{size}")).view(dtype)
+
+
+def require_memory(size: int, device: str) -> None:
+    """Skips a test that writes `size` bytes where there are hardly as many."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        memory = Path("/proc/meminfo")
+        text = memory.read_text(encoding="ascii") if memory.exists() else "MemAvailable: 0"
+        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    if free < 1.4 * size:
+        pytest.skip(f"needs {1.4 * size / 2**30:.0f} GiB of memory")
+
+
+def skip_where_slow(
+    loss_function: Callable[..., Tensor], shape: tuple[int, ...], elements: int, device: str
+) -> None:
+    """Skips a test of so many elements where it would take long, to judge by the shape's, or
+    copies of them all."""
+    if not is_native(device):
+        pytest.skip("plain PyTorch makes copies")
+    x = torch.zeros(shape, device=device)
+    t = torch.zeros(shape[:1] + shape[2:], dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        loss_function(x, t).item()
+        seconds.append(time.perf_counter() - start)
+    if min(seconds) * elements / x.numel() > 20:
+        pytest.skip("takes long here")
 
 
 def is_native(device: str) -> bool:

@@ -4,10 +4,13 @@ strides, extras, and the life of the gradient."""
 from __future__ import annotations
 
 import copy
-import inspect
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,22 +24,31 @@ from cases import (
     GAMMA,
     INTEGERS,
     LAYOUTS,
+    LEGACY_REDUCTIONS,
     LOGITS,
     PROBABILITY,
     REDUCTIONS,
     Form,
     Result,
     allocated,
+    allocated_with_gradient,
+    double,
     dtype_id,
     exact,
     exact_focal_loss,
+    far_memory,
     form_id,
+    is_native,
     make_input,
     make_target,
     on,
+    positional,
+    require_memory,
     run,
+    skip_where_slow,
     torchvision_focal_loss,
     ulps,
+    zeros,
 )
 from torch import Tensor, nn
 
@@ -45,19 +57,16 @@ import fused_ce
 bce_with_logits = LOGITS.ours
 bce = PROBABILITY.ours
 focal = FOCAL.ours
+F64, F32, F16, BF16 = FLOATS
 
 # What a result may be off by, in units of its last place, where torch happens to be closer. Half
 # types are rounded once, from float32: half a unit. A float32 gradient is rounded a few times: in
 # e^-x, in 1 / (1 + e^-x), and by the factor of the mean. For float64 it is the oracle that is off:
 # mpmath agrees with us to 1.3 units where autograd of the formula is 10 away.
-FLOOR = {torch.float64: 32.0, torch.float32: 3.0, torch.float16: 0.6, torch.bfloat16: 0.6}
+FLOOR = {F64: 32.0, F32: 3.0, F16: 0.6, BF16: 0.6}
 
 each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-def double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value
 
 
 def is_bool(value: Any) -> bool:
@@ -256,13 +265,66 @@ def test_zero_dimensional(form: Form, device: str) -> None:
         assert check_against_torch(form, x, t, device, reduction=reduction).loss.shape == ()
 
 
-# On the CPU only: at two billion elements each element's time counts, on any other device more so.
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_more_elements_than_32_bits_count(reduction: str) -> None:
+def test_more_elements_than_32_bits_count(reduction: str, device: str) -> None:
+    skip_where_slow(bce_with_logits, (2**20,), 2**31, device)
     n = 2**31 + 7
     x, t = torch.zeros(1).expand(n), torch.ones(1, dtype=torch.bool).expand(n)
-    loss = bce_with_logits(x, t, reduction=reduction).item()
+    loss = bce_with_logits(on(x, device), on(t, device), reduction=reduction).item()
     assert loss == pytest.approx(math.log(2) * (n if reduction == "sum" else 1), rel=1e-7)
+
+
+def test_more_results_than_32_bits_count(device: str) -> None:
+    """Losses of single elements and, in their memory, gradients."""
+    skip_where_slow(bce_with_logits, (2**20,), 2**31, device)
+    n = 2**31 + 7
+    require_memory(2 * n if device == "cpu" else 5 * n, device)
+    x, t = zeros(n, BF16, device), zeros(n, torch.bool, device)
+    places = [12345, n - 2]
+    x[places], t[places] = 3.0, True
+    found = bce_with_logits(x, t, reduction="none")
+    odd, others = math.log1p(math.exp(-3)), math.log(2)
+    for name in ("loss", "gradient"):
+        assert found[places].tolist() == pytest.approx([odd, odd], rel=2**-8), name
+        found[places] = others
+        assert [v.item() for v in found.aminmax()] == pytest.approx([others] * 2, rel=2**-8), name
+        op = torch.ops.fused_ce._bce_with_gradient
+        numbers = (FORMS.index(LOGITS), REDUCTIONS.index("sum"), F32, 0.0, None, ALPHA, GAMMA)
+        total = op(x, t, None, None, None, None, *numbers, None, False, gradient=found)
+        assert total.item() == pytest.approx(2 * odd + (n - 2) * math.log(2), rel=1e-7)
+        odd, others = -1 / (1 + math.exp(3)), 0.5
+
+
+@pytest.mark.parametrize("distance", [2**31 + 8, 2**32 + 24], ids=["2^31", "2^32"])
+@each_form
+def test_offsets_beyond_32_bits(form: Form, distance: int, device: str) -> None:
+    """Two rows that far apart: memory that nobody touches costs nothing."""
+    n = 37  # whole vectors of 16, 8 or 4 lanes, and a tail
+    storage = far_memory(distance + 4 * n, device)
+    values = [make_input(form, (2, n), BF16), make_target((2, n), BF16)]
+    values += [torch.rand(2, n).to(BF16), torch.randn(2, n).to(BF16)]
+    far = [storage.as_strided((2, n), (distance, 1), i * n) for i in range(4)]
+    for operand, value in zip(far, values, strict=True):
+        for row, numbers in zip(
+            operand, value, strict=True
+        ):  # a copy of both may be of the gap too
+            row.copy_(numbers)
+    x, t, sample_weight, upstream = far
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction, "sample_weight": values[2]}
+        seed = values[3] if reduction == "none" else 1.0
+        right = run(form.ours, *values[:2], device=device, upstream=seed, **options)
+        leaf = x.detach().requires_grad_()
+        loss = form.ours(leaf, t, reduction=reduction, sample_weight=sample_weight)
+        seed = upstream if reduction == "none" else torch.ones_like(loss)
+        (gradient,) = torch.autograd.grad(loss, leaf, seed)
+        torch.testing.assert_close(loss.detach().cpu(), right.loss)
+        torch.testing.assert_close(gradient.cpu(), right.gradient)
+    # The gradient as far apart, in the place of the logits.
+    numbers = (FORMS.index(form), REDUCTIONS.index("sum"), BF16, 0.0, None, ALPHA, GAMMA)
+    op = torch.ops.fused_ce._bce_with_gradient
+    op(x, t, None, None, sample_weight, None, *numbers, None, False, gradient=x)
+    torch.testing.assert_close(torch.stack([row.cpu() for row in x]), right.gradient)
 
 
 @each_form
@@ -398,8 +460,6 @@ def test_focal_of_signed_power(device: str) -> None:
 
 # ---- dtypes of the result ------------------------------------------------------------------------
 
-F64, F32, F16, BF16 = FLOATS
-
 
 @pytest.mark.parametrize(
     ("form", "dtype", "target_dtype", "loss_dtype"),
@@ -488,11 +548,6 @@ def test_float16_gradient_under_a_loss_scale(reduction: str, device: str) -> Non
 # ---- signatures and modules ----------------------------------------------------------------------
 
 
-def positional(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    parameters = inspect.signature(function).parameters.values()
-    return [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -518,17 +573,7 @@ def test_arguments_by_position(device: str) -> None:
     torch.testing.assert_close(ours.cpu(), theirs)
 
 
-@pytest.mark.parametrize(
-    ("legacy", "means"),
-    [
-        ({"size_average": False}, "sum"),
-        ({"size_average": True}, "mean"),
-        ({"reduce": False}, "none"),
-        ({"size_average": False, "reduce": True}, "sum"),
-        ({"reduction": "elementwise_mean"}, "mean"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("legacy", "means"), LEGACY_REDUCTIONS, ids=str)
 @pytest.mark.parametrize("form", [LOGITS, PROBABILITY], ids=form_id)
 def test_legacy_reductions_warn(form: Form, legacy: dict[str, Any], means: str) -> None:
     x, t = make_input(form, (5,)), make_target((5,))
@@ -898,6 +943,26 @@ def test_memory(dtype: torch.dtype, options: dict[str, Any], buffers: int) -> No
         assert allocated(lambda: bce_with_logits(logits, t, **options)) <= few
 
 
+# On the CPU, where the profiler sees each allocation.
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+@each_form
+def test_memory_of_strided_logits(form: Form, layout: str, dtype: torch.dtype) -> None:
+    """No copy in another order: the gradient's buffer, or none without a gradient."""
+    shape = (5, 3, 7, 11)
+    few = 64
+    leaf = LAYOUTS[layout](make_input(form, shape, dtype)).requires_grad_()
+    size = leaf.numel() * leaf.element_size()
+    options = {} if form is FOCAL else {"weight": torch.rand(3, 1, 1)}
+    for t in (make_target(shape, torch.bool), LAYOUTS[layout](make_target(shape, dtype))):
+        for reduction in REDUCTIONS:
+            result = size if reduction == "none" else 0
+            loss = partial(form.ours, leaf, t, reduction=reduction, **options)
+            assert size <= allocated_with_gradient(loss, leaf) - result <= size + few
+            with torch.no_grad():
+                assert allocated(loss) <= result + few
+
+
 # ---- backward ------------------------------------------------------------------------------------
 
 
@@ -1018,6 +1083,31 @@ def test_reference_backend(form: Form, reduction: str, device: str) -> None:
         for a, b in zip(ours, theirs, strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_environment_variable_chooses_the_backend(name: str) -> None:
+    """In another process, since it is read when the package is imported."""
+    if name == "native" and not is_native("cpu"):
+        pytest.skip("no native kernels here")
+    code = """if True:
+        import torch
+        from fused_ce import backends, functional
+        print(*sorted({backend for _, device, backend in backends.table() if device == "cpu"}))
+        with torch.profiler.profile() as profile:
+            loss = functional.binary_cross_entropy_with_logits(torch.zeros(3), torch.ones(3))
+        print(loss.item(), "aten::mul" in {event.key for event in profile.key_averages()})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FUSED_CE_BACKEND": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    serving, loss, composed = done.stdout.split()
+    assert (serving, composed) == (name, str(name == "reference"))
+    assert float(loss) == pytest.approx(math.log(2))
 
 
 def test_reference_alpha_and_gamma(device: str) -> None:

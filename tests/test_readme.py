@@ -26,7 +26,7 @@ FEATURES = {
     "softmax: (N, C, d1, ...) and any strides, without a copy": [
         "test_softmax_ce.py::test_shapes",
         "test_softmax_ce.py::test_strides",
-        "test_softmax_ce.py::test_memory",
+        "test_softmax_ce.py::test_memory_of_strided_logits",
     ],
     "softmax: int32, int16 and int8 labels": [
         "test_softmax_ce.py::test_dtypes",
@@ -37,7 +37,10 @@ FEATURES = {
         "test_softmax_ce.py::test_stats",
         "test_softmax_ce.py::test_gradients_of_stats",
     ],
-    "softmax: gradient of an ignored row that holds NaN": ["test_softmax_ce.py::test_ignored_rows"],
+    "softmax: gradient of an ignored row that holds NaN": [
+        "test_softmax_ce.py::test_ignored_rows",
+        "test_softmax_ce.py::test_ignored_rows_poison_no_others",
+    ],
     "softmax: `IndexError` for a bad label on CUDA, and the process goes on": [
         "test_bad_input.py::test_labels_out_of_range"
     ],
@@ -57,12 +60,15 @@ FEATURES = {
     "half types computed in float32": [
         "test_bce.py::test_dtypes",
         "test_bce.py::test_bfloat16_where_torch_loses_the_gradient",
+        "test_softmax_ce.py::test_dtypes",
+        "test_softmax_ce.py::test_half_types_are_computed_in_float32",
     ],
     "binary: loss 0 at an infinite logit on the right side": [
         "test_bce.py::test_infinite_logits_on_the_right_side_cost_nothing"
     ],
     "same bits on any number of CPU threads": [
-        "test_bce.py::test_same_bits_on_any_number_of_threads"
+        "test_bce.py::test_same_bits_on_any_number_of_threads",
+        "test_softmax_ce.py::test_same_bits_on_any_number_of_threads",
     ],
     "softmax: memory of forward and backward, in sizes of the logits": [
         "test_softmax_ce.py::test_memory"
@@ -71,24 +77,48 @@ FEATURES = {
     "`inplace_backward`, which needs none": [
         "test_bce.py::test_inplace_backward",
         "test_bce.py::test_memory",
+        "test_softmax_ce.py::test_inplace_backward",
+        "test_softmax_ce.py::test_memory",
     ],
     "binary: `ignore_index`": ["test_bce.py::test_ignored_elements"],
     "binary: `label_smoothing`": ["test_bce.py::test_extras"],
-    "`sample_weight`": ["test_bce.py::test_extras"],
-    "`normalizer`": ["test_bce.py::test_normalizer_makes_gradient_accumulation_exact"],
-    "`on_empty`": ["test_bce.py::test_on_empty"],
-    "gradients to `weight` and `pos_weight`": ["test_bce.py::test_gradients_of_all_arguments"],
-    "second derivatives": ["test_transforms.py::test_every_argument_to_second_order"],
+    "`sample_weight`": ["test_bce.py::test_extras", "test_softmax_ce.py::test_extras"],
+    "`normalizer`": [
+        "test_bce.py::test_normalizer_makes_gradient_accumulation_exact",
+        "test_softmax_ce.py::test_normalizer_makes_gradient_accumulation_exact",
+    ],
+    "`on_empty`": [
+        "test_bce.py::test_on_empty",
+        "test_softmax_ce.py::test_empty",
+        "test_softmax_ce.py::test_denominator_zero",
+    ],
+    "gradients to `weight` and `pos_weight`": [
+        "test_bce.py::test_gradients_of_all_arguments",
+        "test_softmax_ce.py::test_gradients_of_all_arguments",
+    ],
+    "second derivatives": [
+        "test_transforms.py::test_every_argument_to_second_order",
+        "test_transforms.py::test_every_argument_of_classes_to_second_order",
+    ],
     "`torch.func` and forward-mode differentiation": [
         "test_transforms.py::TestFunc::test_vmap",
         "test_transforms.py::TestFunc::test_hessian",
+        "test_transforms.py::TestFunc::test_jvp",
         "test_transforms.py::test_forward_mode",
+        "test_transforms.py::TestFuncOfClasses::test_vmap",
+        "test_transforms.py::TestFuncOfClasses::test_hessian",
+        "test_transforms.py::TestFuncOfClasses::test_jvp",
     ],
     "`torch.compile(fullgraph=True)`": [
         "test_transforms.py::test_compile",
         "test_transforms.py::test_inductor",
+        "test_transforms.py::test_compile_classes",
+        "test_transforms.py::test_inductor_of_classes",
     ],
-    "`torch.export`": ["test_transforms.py::test_export"],
+    "`torch.export`": [
+        "test_transforms.py::test_export",
+        "test_transforms.py::test_export_of_classes",
+    ],
 }
 
 
@@ -118,6 +148,22 @@ def test_features_are_the_tested_ones() -> None:
     table = rows("feature")
     assert [cells[0] for cells in table] == list(FEATURES)
     assert {len(cells) for cells in table} == {6}
+
+
+def is_of_classes(test: str) -> bool:
+    return "test_softmax_ce.py" in test or "classes" in test.lower()
+
+
+# The focal loss is a form of the binary one.
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_are_tested_in_the_losses_that_have_them(feature: str) -> None:
+    found = {is_of_classes(test) for test in FEATURES[feature] if "test_bad_input" not in test}
+    if feature.startswith("softmax:"):
+        assert found <= {True}
+    elif feature.startswith(("binary:", "focal")):
+        assert found == {False}
+    else:
+        assert found == {False, True}
 
 
 @pytest.mark.parametrize("test", sorted({test for tests in FEATURES.values() for test in tests}))
