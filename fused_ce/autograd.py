@@ -19,6 +19,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    # In torch 2.10, torch.compiler.is_exporting() is true under torch.compile as well.
+    return torch.compiler._is_exporting_flag
+
+
 class Overwritten:
     """Logits whose memory the gradient takes over, and the version they must still have then."""
 

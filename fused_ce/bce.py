@@ -33,6 +33,7 @@ from fused_ce.autograd import (
     apply_overwriting,
     forward_gradient,
     gradients,
+    is_exporting,
     transforms_active,
 )
 from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
@@ -441,8 +442,9 @@ def _apply(
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
         return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
-        if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `gradients`.
+        if others_require_grad or is_exporting():
+            # Dynamo cannot trace the torch.autograd.grad of `gradients`, and export keeps no
+            # backward pass: the exported module differentiates what it is made of.
             return reference.bce(*arguments, *options)
         return _BCE.apply(*arguments, options, None)  # type: ignore[no-any-return,no-untyped-call]
     if inplace and input.requires_grad:

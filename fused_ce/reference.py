@@ -1,8 +1,8 @@
 """Every loss in plain PyTorch, differentiable to any order.
 
-This is the oracle of the tests (in float64), what `torch.func` transforms, forward-mode
-differentiation and second derivatives are composed from, and the last fallback on devices without
-kernels. The arguments are those of the ops in csrc/ops.cpp.
+This is what `torch.func` transforms, forward-mode differentiation, second derivatives and exported
+training are composed from, and the last fallback on devices without kernels. The arguments are
+those of the ops in csrc/ops.cpp.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def softmax_ce(
         x = torch.where(kept.unsqueeze(dim), x, 0.0)
     logits = _capped(x, logit_scale, softcap)
     log_p = torch.log_softmax(logits, dim)
-    count: Tensor | float
+    count: Tensor | int
     if kept is None:
         t = target.to(compute) * (1 - label_smoothing) + label_smoothing / max(classes, 1)
         loss = -(log_p * (t if w is None else t * w)).sum(dim)
@@ -226,7 +226,7 @@ def _softmax_stats(
 
 def _divide(
     total: Tensor,
-    count: Tensor | float,
+    count: Tensor | int,
     normalizer: Tensor | None,
     denominator: float | None,
     zero_on_empty: bool,
@@ -235,11 +235,11 @@ def _divide(
     if normalizer is not None:
         divisor = normalizer.reshape(()).to(total.dtype)
     elif denominator is not None:
-        divisor = total.new_tensor(denominator)
+        divisor = total.new_full((), denominator)
     elif isinstance(count, Tensor):
         divisor = count.to(total.dtype)
     else:
-        divisor = total.new_tensor(float(count))
+        divisor = total.new_full((), count)  # which may be a symbol
     if zero_on_empty:
         empty = divisor == 0
         return torch.where(empty, 0.0, total / torch.where(empty, 1.0, divisor))

@@ -34,6 +34,7 @@ from fused_ce.autograd import (
     apply_overwriting,
     forward_gradient,
     gradients,
+    is_exporting,
     transforms_active,
 )
 from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
@@ -372,8 +373,7 @@ def _apply(
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
         return _wanted(_softmax_ce_op(*tensors, *options), options)
     if torch.compiler.is_compiling():
-        if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `gradients`.
+        if others_require_grad or is_exporting():  # as in bce.py
             return _wanted(reference.softmax_ce(*tensors, *options), options)
         return _SoftmaxCE.apply(*tensors, options, None)  # type: ignore[no-untyped-call]
     if inplace and input.requires_grad:
