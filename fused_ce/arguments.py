@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +22,38 @@ _OUT_OF_BOUNDS = re.compile(r"Target -?\d+ is out of bounds.*|index (-?\d+) is o
 
 def reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
     if size_average is not None or reduce is not None:
-        return torch_reduction.legacy_get_enum(size_average, reduce)
-    code = REDUCTIONS.get(reduction)
-    return torch_reduction.get_enum(reduction) if code is None else code
+        # As torch's legacy_get_enum, which Dynamo cannot trace, nor a warning.
+        averages = size_average is None or size_average
+        reduces = reduce is None or reduce
+        reduction = ("mean" if averages else "sum") if reduces else "none"
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                "size_average and reduce args will be deprecated, please use "
+                f"reduction='{reduction}' instead.",
+                stacklevel=3,
+            )
+    try:
+        return REDUCTIONS[reduction]
+    except (KeyError, TypeError):  # torch's error, also for what has no hash
+        return torch_reduction.get_enum(reduction)
+
+
+def read_index(index: Any, argument: str) -> int:
+    """What has the value of a 64-bit integer, but is no bool, as torch takes it."""
+    if isinstance(index, torch.SymInt):
+        return index  # type: ignore[return-value]
+    if not isinstance(index, bool) and not (
+        isinstance(index, Tensor) and index.dtype == torch.bool
+    ):
+        try:
+            index = operator.index(index)
+        except TypeError:
+            pass
+        else:
+            if not -(2**63) <= index < 2**63:
+                raise ValueError("Overflow when unpacking long long")
+            return index  # type: ignore[no-any-return]
+    raise TypeError(f"{argument} must be int, not {type(index).__name__}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

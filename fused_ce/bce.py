@@ -24,6 +24,7 @@ from fused_ce.arguments import (
     is_zero_on_empty,
     on_device,
     raise_index_error,
+    read_index,
     read_normalizer,
     read_sample_weight,
     reduction_code,
@@ -303,7 +304,7 @@ def sigmoid_focal_loss(
         )
     if not gamma >= 0:
         raise ValueError(f"Invalid gamma value: {gamma}. gamma must not be negative.")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: "
             "'none', 'mean', 'sum'"
@@ -396,8 +397,8 @@ def _prepare(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     zero_on_empty = is_zero_on_empty(on_empty)
-    if ignore_index is not None and not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
+    if ignore_index is not None:
+        ignore_index = read_index(ignore_index, "ignore_index")
     if target_dtype in FLOATS and target_dtype != dtype:
         # torchvision's formula promotes where torch's function takes the target's dtype.
         dtype = torch.promote_types(dtype, target_dtype) if form == FOCAL else target_dtype

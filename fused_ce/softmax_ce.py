@@ -7,7 +7,6 @@ reference.py that transforms need.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from fused_ce.arguments import (
     is_zero_on_empty,
     on_device,
     raise_index_error,
+    read_index,
     read_normalizer,
     read_sample_weight,
     reduction_code,
@@ -157,8 +157,10 @@ def cross_entropy(
         raise _type_error("target", 2, "Tensor", target)
     if weight is not None and not isinstance(weight, Tensor):
         raise _type_error("weight", 3, "Tensor", weight)
-    if type(ignore_index) is not int:
-        ignore_index = _read_index(ignore_index)
+    if type(ignore_index) is not int or ignore_index != -100:
+        ignore_index = read_index(
+            ignore_index, "cross_entropy_loss(): argument 'ignore_index' (position 5)"
+        )
     if type(label_smoothing) is not float:
         label_smoothing = _read_smoothing(label_smoothing)
     shape, dtype = input.shape, input.dtype
@@ -233,18 +235,6 @@ def _type_error(name: str, position: int, expected: str, found: Any) -> TypeErro
         f"cross_entropy_loss(): argument '{name}' (position {position}) must be {expected}, not "
         f"{type(found).__name__}"
     )
-
-
-def _read_index(index: Any) -> int:
-    """Torch takes what has the value of an integer, but no bool."""
-    if isinstance(index, torch.SymInt):
-        return index  # type: ignore[return-value]
-    if not isinstance(index, bool):
-        try:
-            return operator.index(index)
-        except TypeError:
-            pass
-    raise _type_error("ignore_index", 5, "int", index)
 
 
 def _read_smoothing(smoothing: Any) -> float:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,9 @@ SAME_MESSAGE = {
     ),
     "unknown reduction": (LOGITS, X, X, {"reduction": "foo"}),
     "unknown reduction, probabilities": (PROBABILITY, X, X, {"reduction": "foo"}),
+    "reduction a list": (LOGITS, X, X, {"reduction": []}),
+    "reduction a list, probabilities": (PROBABILITY, X, X, {"reduction": []}),
+    "reduction None": (LOGITS, X, X, {"reduction": None}),
     "probabilities of a half target": (PROBABILITY, X, X.half(), {}),
     "probabilities of a double target": (PROBABILITY, X, X.double(), {}),
     "double probabilities": (PROBABILITY, X.double(), X, {}),
@@ -176,10 +180,13 @@ SAME_MESSAGE = {
     "smoothing None": (SOFTMAX, X, T, {"label_smoothing": None}),
     "smoothing complex": (SOFTMAX, X, T, {"label_smoothing": 1j}),
     "unknown reduction of labels": (SOFTMAX, X, T, {"reduction": "foo"}),
+    "reduction of labels a list": (SOFTMAX, X, T, {"reduction": []}),
     "index a float": (SOFTMAX, X, T, {"ignore_index": 1.0}),
     "index text": (SOFTMAX, X, T, {"ignore_index": "1"}),
     "index a bool": (SOFTMAX, X, T, {"ignore_index": True}),
     "index None": (SOFTMAX, X, T, {"ignore_index": None}),
+    "index past 64 bits": (SOFTMAX, X, T, {"ignore_index": 2**63}),
+    "index below 64 bits": (SOFTMAX, X, T, {"ignore_index": -(2**63) - 1}),
     "index a float tensor": (SOFTMAX, X, T, {"ignore_index": torch.tensor(1.0)}),
     "logits a list": (SOFTMAX, [0.5], T, {}),
     "no labels": (SOFTMAX, X, None, {}),
@@ -277,6 +284,7 @@ OWN = {
     "alpha above 1": (FOCAL, {"alpha": 1.5}, ValueError, "Invalid alpha value: 1.5"),
     "alpha below 0": (FOCAL, {"alpha": -0.5}, ValueError, "or -1 for ignore"),
     "focal reduction": (FOCAL, {"reduction": "foo"}, ValueError, "Supported reduction modes"),
+    "focal reduction a list": (FOCAL, {"reduction": []}, ValueError, "Supported reduction modes"),
     "on_empty": (LOGITS, {"on_empty": "none"}, ValueError, "on_empty must be 'nan' or 'zero'"),
     "normalizer of text": (LOGITS, {"normalizer": "3"}, TypeError, "normalizer must be a number"),
     "normalizer a list": (LOGITS, {"normalizer": [3]}, TypeError, "number"),
@@ -285,6 +293,20 @@ OWN = {
     "complex normalizer": (LOGITS, {"normalizer": torch.tensor(1j)}, ValueError, "real number"),
     "ignore_index a float": (LOGITS, {"ignore_index": 1.0}, TypeError, "must be int, not float"),
     "ignore_index text": (FOCAL, {"ignore_index": "1"}, TypeError, "must be int, not str"),
+    "ignore_index a bool": (PROBABILITY, {"ignore_index": True}, TypeError, "int, not bool"),
+    "ignore_index a bool tensor": (
+        LOGITS,
+        {"ignore_index": torch.tensor(True)},
+        TypeError,
+        "must be int, not Tensor",
+    ),
+    "ignore_index two numbers": (
+        LOGITS,
+        {"ignore_index": torch.ones(2).int()},
+        TypeError,
+        "must be int, not Tensor",
+    ),
+    "ignore_index past 64 bits": (LOGITS, {"ignore_index": 2**63}, ValueError, "^Overflow when"),
     "sample_weight a number": (LOGITS, {"sample_weight": 2.0}, TypeError, "must be Tensor"),
     "sample_weight of columns": (LOGITS, {"sample_weight": torch.rand(5)}, ValueError, "leading"),
     "sample_weight of more dimensions": (
@@ -369,6 +391,23 @@ def test_sparse_weight_is_taken_as_a_dense_one() -> None:
     assert torch.equal(bce_with_logits(X, X, weight.to_sparse()), bce_with_logits(X, X, weight))
     theirs = F.binary_cross_entropy_with_logits(X, X, weight.to_sparse())
     torch.testing.assert_close(bce_with_logits(X, X, weight.to_sparse()), theirs)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [np.int64(1), np.uint8(1), torch.tensor(1), torch.tensor([1], dtype=torch.int16)],
+    ids=repr,
+)
+def test_integers_of_other_types(index: Any) -> None:
+    for form, target in (
+        (LOGITS, T[:, None].expand(4, 5)),
+        (FOCAL, T[:, None].expand(4, 5)),
+        (SOFTMAX, T),
+    ):
+        found = form.ours(X, target, ignore_index=index)
+        assert torch.equal(found, form.ours(X, target, ignore_index=1))
+        assert not torch.equal(found, form.ours(X, target))
+    torch.testing.assert_close(found, F.cross_entropy(X, T, ignore_index=index))
 
 
 @pytest.mark.parametrize(

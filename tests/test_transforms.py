@@ -779,6 +779,35 @@ def test_export_without_gradient_keeps_the_op(strict: bool, device: str) -> None
         assert f"fused_ce.{op}.default" in exported.graph_module.code
 
 
+# Torch's own deprecated switches, which compiled code takes without their warning.
+@pytest.mark.parametrize("strict", [None, False, True], ids=["compile", "non-strict", "strict"])
+@pytest.mark.parametrize(
+    ("options", "reduction"),
+    [
+        ({"size_average": True}, "mean"),
+        ({"size_average": False}, "sum"),
+        ({"reduce": False}, "none"),
+        ({"reduction": "elementwise_mean"}, "mean"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [LOGITS, PROBABILITY, SOFTMAX], ids=form_id)
+@pytest.mark.filterwarnings("ignore:size_average and reduce", "ignore:reduction='elementwise_mean'")
+def test_deprecated_switches_when_compiled(
+    form: Form, options: dict[str, Any], reduction: str, strict: bool | None, device: str
+) -> None:
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return form.ours(x, t, **options)
+
+    x, t = make_input(form, (4, 5)).to(device), make_target((4, 5)).to(device)
+    if strict is None:
+        found = Graphs().compile(Loss())(x, t)
+    else:
+        found = torch.export.export(Loss(), (x, t), strict=strict).module()(x, t)
+    torch.testing.assert_close(found, form.ours(x, t, reduction=reduction))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @each_reduction
 def test_checkpoint(reduction: str, use_reentrant: bool, device: str) -> None:
