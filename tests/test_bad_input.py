@@ -28,6 +28,7 @@ from cases import (
     run,
 )
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fused_ce
 
@@ -38,6 +39,8 @@ cross_entropy = SOFTMAX.ours
 
 each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
 each_loss = pytest.mark.parametrize("form", [*FORMS, SOFTMAX], ids=form_id)
+CLASSES = SOFTMAX._replace(name="labels")  # the same loss, of labels in place of probabilities
+each_mode = pytest.mark.parametrize("form", [*FORMS, SOFTMAX, CLASSES], ids=form_id)
 
 X = torch.rand(4, 5)
 T = torch.tensor([0, 1, 2, 3])  # labels of X
@@ -770,23 +773,36 @@ def test_parameters_are_plain_tensors(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@each_loss
-def test_changed_logits(form: Form, reduction: str, device: str) -> None:
+@each_mode
+def test_changed_before_backward(form: Form, reduction: str, device: str) -> None:
+    """Also where torch's loss would not notice."""
     leaf = make_input(form, (4, 5)).to(device).requires_grad_()
-    t = torch.rand(4, 5).to(device)
-    for changed in ("input", "target"):
-        logits, target = leaf * 1, t.clone()
-        loss = form.ours(logits, target, reduction=reduction)
-        (logits if changed == "input" else target).mul_(2)
+    for changed in ("input", "target", "sample_weight", "normalizer", *form.weights):
+        tensors = {
+            "input": leaf * 1,
+            "target": (T if form is CLASSES else torch.rand(4, 5)).to(device, copy=True),
+            "sample_weight": torch.rand(4).to(device),
+            "normalizer": torch.ones(()).to(device),
+            **{name: torch.rand(5).to(device) for name in form.weights},
+        }
+        loss = form.ours(**renamed(form, tensors), reduction=reduction)
+        tensors[changed].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward(torch.ones(loss.shape).to(device))
+
+
+def renamed(form: Form, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision calls input and target so."""
+    names = {"input": "inputs", "target": "targets"} if form is FOCAL else {}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 # ---- inplace_backward ----------------------------------------------------------------------------
 
 
 def overwriting(form: Form, logits: Tensor, **options: Any) -> Tensor:
-    t = torch.full(logits.shape, 0.5, device=logits.device)
+    shape = logits.shape[: logits.dim() - 1] if form is CLASSES else logits.shape
+    t = torch.full(shape, 1 if form is CLASSES else 0.5, device=logits.device)
     return form.ours(logits, t, **{"reduction": "mean", "inplace_backward": True} | options)
 
 
@@ -794,7 +810,7 @@ def backward(loss: Tensor, **options: Any) -> None:
     loss.backward(torch.ones(loss.shape).to(loss.device), **options)
 
 
-@pytest.mark.parametrize("form", [LOGITS, FOCAL, SOFTMAX], ids=form_id)
+@pytest.mark.parametrize("form", [LOGITS, FOCAL, SOFTMAX, CLASSES], ids=form_id)
 class TestInplaceBackward:
     def leaf(self, device: str) -> Tensor:
         return torch.randn(4, 5).to(device).requires_grad_()
@@ -807,6 +823,61 @@ class TestInplaceBackward:
         logits = (self.leaf(device)[:1] * 1).expand(4, 5)
         with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
             overwriting(form, logits)
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda x: x.view(20).unfold(0, 3, 1),
+            lambda x: x.as_strided((2, 3), (2, 1)),
+            lambda x: x.as_strided((3, 2), (1, 2)),
+            lambda x: x.as_strided((2, 2, 2), (1, 4, 4)),
+        ],
+    )
+    def test_overlapping(self, form: Form, view: Callable[[Tensor], Tensor], device: str) -> None:
+        with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+            overwriting(form, view(self.leaf(device) * 1))
+
+    # No overlap, though not every byte between the first and the last is theirs.
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda x: x[:, ::2],
+            lambda x: x[::2],
+            lambda x: x.t()[1:],
+            lambda x: x[:, 1:3],
+            lambda x: x.as_strided((2, 3), (3, 1)),
+            lambda x: x.as_strided((1, 4), (0, 2)),
+        ],
+    )
+    def test_gaps(self, form: Form, view: Callable[[Tensor], Tensor], device: str) -> None:
+        x, found = self.leaf(device).detach(), []
+        for inplace_backward in (True, False):
+            leaf = x.clone().requires_grad_()
+            overwriting(form, view(leaf * 1), inplace_backward=inplace_backward).backward()
+            found.append(leaf.grad)
+        assert torch.equal(*found)
+
+    def test_lazy_negative(self, form: Form, device: str) -> None:
+        leaf = self.leaf(device)
+        logits = (torch.complex(leaf, leaf) * 1).conj().imag
+        with pytest.raises(RuntimeError, match=r"resolve_neg\(\)"):
+            overwriting(form, logits)
+        overwriting(form, logits.resolve_neg()).backward()
+        assert leaf.grad.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_memory_after_backward(
+        self, form: Form, reduction: str, dtype: torch.dtype, device: str
+    ) -> None:
+        """The loss, kept for a log, does not keep that of the logits."""
+        logits = self.leaf(device).to(dtype) * 1
+        memory = StorageWeakRef(logits.untyped_storage())
+        loss = overwriting(form, logits, reduction=reduction)
+        del logits
+        assert not memory.expired()
+        backward(loss, retain_graph=True)
+        assert memory.expired()
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_later_use(self, form: Form, reduction: str, device: str) -> None:
@@ -871,10 +942,21 @@ class TestInplaceBackward:
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss, leaf, torch.ones(loss.shape).to(device), create_graph=True)
 
+    def test_gradient_of_a_weight(self, form: Form, device: str) -> None:
+        """Refused where the gradient has overwritten the logits in the forward pass."""
+        leaf, weight = self.leaf(device), torch.ones(4).to(device).requires_grad_()
+        loss = overwriting(form, leaf * 1, sample_weight=weight)
+        with pytest.raises(RuntimeError, match="target or weight that requires grad"):
+            backward(loss)
+        loss = overwriting(form, leaf * 1, sample_weight=weight, reduction="none")
+        backward(loss)
+        torch.testing.assert_close(weight.grad, loss.detach().view(4, -1).sum(1))
+
     def test_gradient_of_the_target(self, form: Form, device: str) -> None:
+        if form is CLASSES:
+            pytest.skip("a label has none")
         target = torch.rand(4, 5).to(device).requires_grad_()
-        logits = self.leaf(device) * 1
-        loss = form.ours(logits, target, reduction="mean", inplace_backward=True)
+        loss = form.ours(self.leaf(device) * 1, target, reduction="mean", inplace_backward=True)
         with pytest.raises(RuntimeError, match="target or weight that requires grad"):
             backward(loss)
 
