@@ -15,6 +15,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 LABELS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REALS = FLOATS | LABELS | {torch.bool}
+HALVES = frozenset({torch.float16, torch.bfloat16})
 
 # What the ops raise, and torch's gather where a loss is composed from torch's operations.
 _OUT_OF_BOUNDS = re.compile(r"Target -?\d+ is out of bounds.*|index (-?\d+) is out of bounds")

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fused_ce import reference
 from fused_ce.arguments import (
     FLOATS,
+    HALVES,
     REALS,
     REDUCTIONS,
     dtype_name,
@@ -207,19 +208,21 @@ def binary_cross_entropy(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}) is deprecated. Please ensure they have the same size."
         )
-    if (
-        input.dtype != target.dtype
-        and (target.is_floating_point() or not input.is_floating_point())
-        and not is_autocast_enabled(input)
-    ):
-        raise RuntimeError(
-            f"Found dtype {dtype_name(target.dtype)} but expected {dtype_name(input.dtype)}"
-        )
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         raise RuntimeError(
             "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
             "rounds to 0 or 1. Use binary_cross_entropy_with_logits or BCEWithLogitsLoss."
         )
+    if input.dtype != target.dtype and (
+        target.is_floating_point() or not input.is_floating_point()
+    ):
+        found, expected = target.dtype, input.dtype
+        if is_autocast_enabled(input):
+            found, expected = (torch.float32 if d in HALVES else d for d in (found, expected))
+        if found != expected:
+            raise RuntimeError(
+                f"Found dtype {dtype_name(found)} but expected {dtype_name(expected)}"
+            )
     if weight is not None:
         weight = _checked_weight(
             "binary_cross_entropy(): argument 'weight' (position 3)", weight, input
@@ -402,7 +405,7 @@ def _prepare(
     if target_dtype in FLOATS and target_dtype != dtype:
         # torchvision's formula promotes where torch's function takes the target's dtype.
         dtype = torch.promote_types(dtype, target_dtype) if form == FOCAL else target_dtype
-    if is_autocast_enabled(input) and torch.float64 not in (dtype, input.dtype):
+    if dtype in HALVES and is_autocast_enabled(input):
         dtype = torch.float32
     if sample_weight is not None:
         sample_weight = read_sample_weight(sample_weight, input, input.shape)

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fused_ce import reference
 from fused_ce.arguments import (
     FLOATS,
+    HALVES,
     LABELS,
     REALS,
     dtype_name,
@@ -40,7 +41,7 @@ from fused_ce.autograd import (
 from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
 
 _OUTPUTS = {"lse": LSE, "entropy": ENTROPY, "prediction": PREDICTION, "correct": CORRECT}
-_HALVES = (torch.float16, torch.bfloat16)
+_FLOAT32 = torch.finfo(torch.float32)
 
 _softmax_ce_op = torch.ops.fused_ce._softmax_ce.default
 _softmax_ce_with_gradient_op = torch.ops.fused_ce._softmax_ce_with_gradient.default
@@ -192,7 +193,7 @@ def cross_entropy(
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if autocast and dtype in _HALVES:
+    if autocast and dtype in HALVES:
         dtype = torch.float32
     if weight is not None:
         weight = _read_weight(weight, input, dtype, has_probabilities, autocast)
@@ -320,7 +321,7 @@ def _read_weight(
             raise NotImplementedError(f"weight of dtype {weight.dtype} is not supported")
         if weight.dtype not in FLOATS:
             weight = weight.to(dtype)
-    elif (torch.float32 if autocast and weight.dtype in _HALVES else weight.dtype) != dtype:
+    elif (torch.float32 if autocast and weight.dtype in HALVES else weight.dtype) != dtype:
         raise RuntimeError(
             f"expected scalar type {dtype_name(dtype)} but found {dtype_name(weight.dtype)}"
         )

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    FLOATS,
     FOCAL,
     FORMS,
     LOGITS,
@@ -23,6 +24,8 @@ from cases import (
     REDUCTIONS,
     SOFTMAX,
     Form,
+    dtype_id,
+    exact_cross_entropy,
     form_id,
     make_input,
     run,
@@ -411,6 +414,36 @@ def test_integers_of_other_types(index: Any) -> None:
         assert torch.equal(found, form.ours(X, target, ignore_index=1))
         assert not torch.equal(found, form.ours(X, target))
     torch.testing.assert_close(found, F.cross_entropy(X, T, ignore_index=index))
+
+
+def loss_or_message(function: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor | str:
+    try:
+        return function(x, t)
+    except RuntimeError as error:
+        return str(error)
+
+
+# Torch's table, of what is refused and of the loss's dtype, which half types do not decide.
+@pytest.mark.parametrize("target_dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_mixed_dtypes_under_autocast(
+    dtype: torch.dtype, target_dtype: torch.dtype, device: str
+) -> None:
+    for form in (LOGITS, PROBABILITY) if device == "cpu" else (LOGITS,):
+        x, t = X.to(dtype), X.to(target_dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = loss_or_message(form.theirs, x, t)
+        with torch.autocast(device, torch.bfloat16):
+            ours = loss_or_message(form.ours, x.to(device), t.to(device))
+        if isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours.cpu(), theirs)
+        # An integer target leaves it to the logits.
+        with torch.autocast(device, torch.bfloat16):
+            ours = form.ours(x.to(device), T[:, None].expand(4, 5).gt(1).to(device))
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize(
