@@ -79,7 +79,11 @@ def bce(
         t = torch.where(kept, t, 0.0)
     # 1 - t is smoothed by itself: formed from a smoothed t it would lose digits.
     negative = (1 - t) * (1 - label_smoothing) + label_smoothing / 2
-    t = t * (1 - label_smoothing) + label_smoothing / 2
+    smoothed = t * (1 - label_smoothing) + label_smoothing / 2
+    if form == PROBABILITY and label_smoothing:  # a target out of range is left for torch to find
+        t = torch.where((t >= 0) & (t <= 1), smoothed, t)
+    else:
+        t = smoothed
     if form == PROBABILITY:
         loss = _torch_bce(x, t, reduction="none")
     else:

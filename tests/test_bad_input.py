@@ -535,6 +535,21 @@ def test_next_call_reports_probabilities_out_of_range() -> None:
     assert bce(good, good).isfinite()  # and the process goes on
 
 
+# Smoothing may bring a target back into the range. On the CPU; torch's own loss stops CUDA.
+@pytest.mark.parametrize("value", [-0.04, 1.05, math.nan])
+def test_smoothed_targets_out_of_range(value: float) -> None:
+    x, t = torch.full((3,), 0.5), torch.tensor([0.5, value, 1.0])
+
+    def smoothed(x: Tensor) -> Tensor:
+        return bce(x, t, label_smoothing=0.2)
+
+    for function in (smoothed, torch.func.grad(smoothed), torch.func.hessian(smoothed)):
+        with pytest.raises(RuntimeError, match="all elements of target should be between 0 and 1"):
+            function(x)
+    with fused_ce.backend("reference"), pytest.raises(RuntimeError, match="elements of target"):
+        smoothed(x)
+
+
 def test_ignored_probabilities_may_be_out_of_range(device: str) -> None:
     x, t = torch.tensor([math.nan, 2.0, 0.5]).to(device), torch.tensor([-1.0, -1.0, 1.0]).to(device)
     assert bce(x, t, ignore_index=-1).item() == pytest.approx(math.log(2))
