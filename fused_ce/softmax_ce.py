@@ -104,7 +104,8 @@ def cross_entropy(
             dimensions) that multiplies its loss and changes no denominator; differentiable.
         normalizer: a number or a one-element tensor that replaces the denominator of "mean".
         on_empty: "nan" or "zero", what a mean over nothing is.
-        softcap: a positive number s that makes the logits s tanh(x / s), after `logit_scale`.
+        softcap: a positive number s, normal in float32, that makes the logits s tanh(x / s), after
+            `logit_scale`.
         logit_scale: multiplies the logits.
         z_loss: this number times (log sum exp)^2 is added to the loss of each row.
         stats: names of statistics of the rows to return from the same pass, among "lse",
@@ -121,7 +122,7 @@ def cross_entropy(
 
     Raises:
         ValueError: batch sizes that differ; unknown reduction, on_empty or statistic; a softcap
-            that is not positive.
+            that is not positive and normal in float32.
         IndexError: a label outside [0, C) that is not `ignore_index` (on the CPU at once; on CUDA
             the row's loss is NaN, and the next call, or :func:`fused_ce.check`, raises).
         RuntimeError: other shapes; a target or weight of another dtype; tensors on different
@@ -203,8 +204,8 @@ def cross_entropy(
     if has_probabilities and input.numel() == 0 and normalizer is None and denominator is None:
         denominator = 0.0  # Torch divides by the number of probabilities over that of classes.
     zero_on_empty = is_zero_on_empty(on_empty)
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive, not {softcap}")
+    if softcap is not None and not _FLOAT32.tiny <= softcap <= _FLOAT32.max:
+        raise ValueError(f"softcap must be a positive, normal number of float32, not {softcap}")
     outputs = _read_stats(stats, shape) if stats else 0
     options = (
         code,

@@ -351,9 +351,18 @@ OWN = {
         RuntimeError,
         "same device",
     ),
-    "softcap 0": (SOFTMAX, {"softcap": 0.0}, ValueError, "softcap must be positive, not 0.0"),
-    "softcap below 0": (SOFTMAX, {"softcap": -1}, ValueError, "softcap must be positive, not -1"),
-    "softcap NaN": (SOFTMAX, {"softcap": math.nan}, ValueError, "softcap must be positive"),
+    "softcap 0": (SOFTMAX, {"softcap": 0.0}, ValueError, "softcap must be a positive, .* not 0.0"),
+    "softcap below 0": (
+        SOFTMAX,
+        {"softcap": -1},
+        ValueError,
+        "softcap must be a positive.* not -1",
+    ),
+    "softcap NaN": (SOFTMAX, {"softcap": math.nan}, ValueError, "softcap must be"),
+    "softcap infinite": (SOFTMAX, {"softcap": math.inf}, ValueError, "softcap must be"),
+    "softcap beyond float32": (SOFTMAX, {"softcap": 3.5e38}, ValueError, "number of float32"),
+    "softcap below float32": (SOFTMAX, {"softcap": 1e-46}, ValueError, "number of float32"),
+    "softcap whose inverse is infinite": (SOFTMAX, {"softcap": 1e-39}, ValueError, "normal number"),
     "softcap text": (SOFTMAX, {"softcap": "1"}, TypeError, "str"),
     "logit_scale text": (SOFTMAX, {"logit_scale": "1"}, (TypeError, RuntimeError), "logit_scale"),
     "z_loss None": (SOFTMAX, {"z_loss": None}, (TypeError, RuntimeError), "z_loss"),
@@ -414,6 +423,17 @@ def test_integers_of_other_types(index: Any) -> None:
         assert torch.equal(found, form.ours(X, target, ignore_index=1))
         assert not torch.equal(found, form.ours(X, target))
     torch.testing.assert_close(found, F.cross_entropy(X, T, ignore_index=index))
+
+
+# The largest and the smallest that there are; 1e30 makes no difference to X.
+@pytest.mark.parametrize("softcap", [torch.finfo().max, 1e30, torch.finfo().tiny])
+def test_extreme_softcaps(softcap: float, device: str) -> None:
+    for dtype in FLOATS:
+        x = (X - 0.5).to(dtype)
+        found = run(cross_entropy, x, T, device=device, softcap=softcap)
+        right = run(exact_cross_entropy, x.double(), T, softcap=softcap)
+        torch.testing.assert_close(found.loss, right.loss.to(dtype))
+        torch.testing.assert_close(found.gradient, right.gradient.to(dtype))
 
 
 def loss_or_message(function: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor | str:
