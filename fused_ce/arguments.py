@@ -96,6 +96,8 @@ def read_sample_weight(sample_weight: Tensor, input: Tensor, shape: torch.Size) 
         )
     if sample_weight.dtype not in REALS:
         raise NotImplementedError(f"sample_weight of dtype {sample_weight.dtype} is not supported")
+    if sample_weight.layout is not torch.strided:
+        sample_weight = sample_weight.to_dense()
     return on_device(sample_weight.reshape(leading + (1,) * (len(shape) - len(leading))), input)
 
 
@@ -108,6 +110,8 @@ def read_normalizer(
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1 or normalizer.dtype not in REALS:
             raise ValueError("normalizer must be a number or a tensor of one real number")
+        if normalizer.layout is not torch.strided:
+            normalizer = normalizer.to_dense()
         return on_device(normalizer.reshape(()), input), None
     if isinstance(normalizer, str):  # float() would parse it
         raise TypeError("normalizer must be a number or a tensor, not str")

@@ -408,6 +408,16 @@ def test_sparse_weight_is_taken_as_a_dense_one() -> None:
     torch.testing.assert_close(bce_with_logits(X, X, weight.to_sparse()), theirs)
 
 
+def test_sparse_extras_are_taken_as_dense_ones() -> None:
+    weight = torch.tensor([0.0, 2, 0, 3])
+    for name, dense in (("sample_weight", weight), ("normalizer", weight[1:2])):
+        for form, target in ((LOGITS, X), (SOFTMAX, T)):
+            found, right = (
+                form.ours(X, target, **{name: tensor}) for tensor in (dense.to_sparse(), dense)
+            )
+            assert torch.equal(found, right)
+
+
 @pytest.mark.parametrize(
     "index",
     [np.int64(1), np.uint8(1), torch.tensor(1), torch.tensor([1], dtype=torch.int16)],
