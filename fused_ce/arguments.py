@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+from fused_ce.reference import MEAN, NONE, SUM
+
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 LABELS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REALS = FLOATS | LABELS | {torch.bool}

@@ -131,6 +131,7 @@ def binary_cross_entropy_with_logits(
             "binary_cross_entropy_with_logits(): argument 'pos_weight' (position 4)",
             pos_weight,
             input,
+            swapped=True,
         )
     return _prepare(
         "binary_cross_entropy_with_logits",
@@ -335,12 +336,13 @@ def sigmoid_focal_loss(
     )
 
 
-def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
+def _checked_weight(argument: str, weight: Tensor, input: Tensor, swapped: bool = False) -> Tensor:
+    """The weight in dense memory. `swapped`: torch names it first where sizes differ."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{argument} must be Tensor, not {type(weight).__name__}")
     shape, full = weight.shape, input.shape
     if len(shape) != len(full) or shape != full:  # the lengths first: sizes may be symbols
-        _check_broadcast(shape, full, "pos_weight" in argument)
+        _check_broadcast(shape, full, swapped)
     if weight.dtype not in REALS:
         raise NotImplementedError(f"{argument} of dtype {weight.dtype} is not supported")
     if weight.layout is not torch.strided:
