@@ -500,9 +500,19 @@ def test_focal_shapes() -> None:
         focal(torch.rand(3, 1), torch.rand(3))
 
 
-def test_integer_target_cannot_require_grad() -> None:
-    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
-        torch.tensor([1, 0]).requires_grad_()
+@each_form
+def test_integer_target_has_no_gradient(form: Form, device: str) -> None:
+    """And takes none from the others."""
+    t = (torch.arange(20) % 2).view(4, 5).to(device)
+    found = []
+    for target in (t, t.bool(), t.float()):
+        leaf = X.to(device, copy=True).requires_grad_()
+        sample_weight = torch.linspace(1, 2, 4).to(device).requires_grad_()
+        form.ours(leaf, target, reduction="sum", sample_weight=sample_weight).backward()
+        assert target.grad is None
+        found.append((leaf.grad, sample_weight.grad))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
 
 
 def test_smoothing_above_1_is_refused_at_the_call() -> None:

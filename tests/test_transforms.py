@@ -857,6 +857,7 @@ def test_inplace_backward_under_checkpoint(device: str) -> None:
         fused_ce.BCEWithLogitsLoss(torch.rand(5), pos_weight=torch.rand(5), ignore_index=-1),
         fused_ce.BCELoss(torch.rand(5), label_smoothing=0.1),
         fused_ce.SigmoidFocalLoss(0.5, 1.5, "mean"),
+        fused_ce.CrossEntropyLoss(torch.rand(5), label_smoothing=0.1, softcap=9.0),
     ],
     ids=lambda module: type(module).__name__,
 )
