@@ -83,7 +83,10 @@ def binary_cross_entropy_with_logits(
         on_empty: "nan" or "zero", what a mean over nothing is.
         inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
             later use of the logits in autograd raises. Writes only when the logits need a gradient.
-            Under torch.compile, which plans memory itself, it changes nothing.
+            If target or a weight requires one too, backward raises for "mean" and "sum", except of
+            float16 logits. Under torch.compile and torch.export, which plan memory themselves,
+            under torch.func, in forward mode, and where `normalizer` requires a gradient, it
+            changes nothing.
 
     Returns:
         The loss: of the input's shape for "none", else 0-D. Its dtype is the target's if that is a

@@ -112,7 +112,10 @@ def cross_entropy(
             "entropy", "prediction" and "correct"; ignored rows have them too.
         inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
             later use of the logits in autograd raises. Writes only when the logits need a gradient.
-            Under torch.compile, which plans memory itself, it changes nothing.
+            If target or a weight requires one too, backward raises for "mean" and "sum", except of
+            float16 logits and with "lse" or "entropy" among `stats`. Under torch.compile and
+            torch.export, which plan memory themselves, under torch.func, in forward mode, and where
+            `normalizer` requires a gradient, it changes nothing.
 
     Returns:
         The loss, in the input's dtype (with probabilities, in what input, target and weight promote

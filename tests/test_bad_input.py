@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from cases import (
     FLOATS,
@@ -1031,14 +1032,28 @@ class TestInplaceBackward:
             torch.autograd.grad(loss, leaf, torch.ones(loss.shape).to(device), create_graph=True)
 
     def test_gradient_of_a_weight(self, form: Form, device: str) -> None:
-        """Refused where the gradient has overwritten the logits in the forward pass."""
-        leaf, weight = self.leaf(device), torch.ones(4).to(device).requires_grad_()
-        loss = overwriting(form, leaf * 1, sample_weight=weight)
+        """Refused where the forward pass has overwritten the logits."""
+        weight = torch.ones(4).to(device).requires_grad_()
+        loss = overwriting(form, self.leaf(device) * 1, sample_weight=weight)
         with pytest.raises(RuntimeError, match="target or weight that requires grad"):
             backward(loss)
-        loss = overwriting(form, leaf * 1, sample_weight=weight, reduction="none")
-        backward(loss)
-        torch.testing.assert_close(weight.grad, loss.detach().view(4, -1).sum(1))
+
+        waiting: list[tuple[torch.dtype, dict[str, Any]]] = [
+            (torch.float32, {"reduction": "none"}),
+            (torch.float16, {"reduction": "sum"}),
+        ]
+        if form in (SOFTMAX, CLASSES):
+            waiting += [
+                (torch.float32, {"stats": (s,), "normalizer": 1}) for s in ("lse", "entropy")
+            ]
+        for dtype, options in waiting:
+            weight.grad = None
+            x = self.leaf(device).to(dtype)
+            loss = overwriting(form, x * 1, sample_weight=weight, **options)
+            backward(loss[0] if "stats" in options else loss)
+            right = overwriting(form, x.detach(), reduction="none")
+            right = right.float().view(4, -1).sum(1)
+            torch.testing.assert_close(weight.grad, right, rtol=2e-3, atol=1e-5)
 
     def test_gradient_of_the_target(self, form: Form, device: str) -> None:
         if form is CLASSES:
@@ -1047,6 +1062,19 @@ class TestInplaceBackward:
         loss = form.ours(self.leaf(device) * 1, target, reduction="mean", inplace_backward=True)
         with pytest.raises(RuntimeError, match="target or weight that requires grad"):
             backward(loss)
+
+    def test_without_effect(self, form: Form, device: str) -> None:
+        """Where the loss is composed from torch's operations. The logits may be a leaf, then."""
+        leaf, normalizer = self.leaf(device), torch.tensor(3.0).to(device).requires_grad_()
+        x = leaf.detach().clone()
+        overwriting(form, leaf, normalizer=normalizer).backward()
+        found = torch.func.grad(lambda x: overwriting(form, x, normalizer=3.0))(leaf)
+        torch.testing.assert_close(found, leaf.grad)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+            tangent = forward_ad.unpack_dual(overwriting(form, dual, normalizer=3.0)).tangent
+        torch.testing.assert_close(tangent, leaf.grad.sum())
+        assert torch.equal(leaf, x)
 
     def test_one_of_several_views(self, form: Form, device: str) -> None:
         # as torch's own in-place operations
