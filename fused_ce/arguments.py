@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import re
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+from fused_ce.reference import MEAN, NONE, SUM
+
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 LABELS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REALS = FLOATS | LABELS | {torch.bool}
+HALVES = frozenset({torch.float16, torch.bfloat16})
 
 # What the ops raise, and torch's gather where a loss is composed from torch's operations.
 _OUT_OF_BOUNDS = re.compile(r"Target -?\d+ is out of bounds.*|index (-?\d+) is out of bounds")
@@ -19,9 +25,38 @@ _OUT_OF_BOUNDS = re.compile(r"Target -?\d+ is out of bounds.*|index (-?\d+) is o
 
 def reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
     if size_average is not None or reduce is not None:
-        return torch_reduction.legacy_get_enum(size_average, reduce)
-    code = REDUCTIONS.get(reduction)
-    return torch_reduction.get_enum(reduction) if code is None else code
+        # As torch's legacy_get_enum, which Dynamo cannot trace, nor a warning.
+        averages = size_average is None or size_average
+        reduces = reduce is None or reduce
+        reduction = ("mean" if averages else "sum") if reduces else "none"
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                "size_average and reduce args will be deprecated, please use "
+                f"reduction='{reduction}' instead.",
+                stacklevel=3,
+            )
+    try:
+        return REDUCTIONS[reduction]
+    except (KeyError, TypeError):  # torch's error, also for what has no hash
+        return torch_reduction.get_enum(reduction)
+
+
+def read_index(index: Any, argument: str) -> int:
+    """What has the value of a 64-bit integer, but is no bool, as torch takes it."""
+    if isinstance(index, torch.SymInt):
+        return index  # type: ignore[return-value]
+    if not isinstance(index, bool) and not (
+        isinstance(index, Tensor) and index.dtype == torch.bool
+    ):
+        try:
+            index = operator.index(index)
+        except TypeError:
+            pass
+        else:
+            if not -(2**63) <= index < 2**63:
+                raise ValueError("Overflow when unpacking long long")
+            return index  # type: ignore[no-any-return]
+    raise TypeError(f"{argument} must be int, not {type(index).__name__}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -63,6 +98,8 @@ def read_sample_weight(sample_weight: Tensor, input: Tensor, shape: torch.Size) 
         )
     if sample_weight.dtype not in REALS:
         raise NotImplementedError(f"sample_weight of dtype {sample_weight.dtype} is not supported")
+    if sample_weight.layout is not torch.strided:
+        sample_weight = sample_weight.to_dense()
     return on_device(sample_weight.reshape(leading + (1,) * (len(shape) - len(leading))), input)
 
 
@@ -75,6 +112,8 @@ def read_normalizer(
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1 or normalizer.dtype not in REALS:
             raise ValueError("normalizer must be a number or a tensor of one real number")
+        if normalizer.layout is not torch.strided:
+            normalizer = normalizer.to_dense()
         return on_device(normalizer.reshape(()), input), None
     if isinstance(normalizer, str):  # float() would parse it
         raise TypeError("normalizer must be a number or a tensor, not str")

@@ -19,17 +19,21 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    # In torch 2.10, torch.compiler.is_exporting() is true under torch.compile as well.
+    return torch.compiler._is_exporting_flag
+
+
 class Overwritten:
     """Logits whose memory the gradient takes over, and the version they must still have then."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits = logits.detach()
+        self.logits: Tensor | None = logits.detach()  # until the gradient is handed out
         self.version = logits._version
-        self.holds_gradient = False
 
-    def check(self, has_gradient: bool) -> None:
-        """Whether backward may go on: it has the gradient still, or can compute it."""
-        if self.holds_gradient and not has_gradient:
+    def unchanged(self) -> Tensor:
+        """The logits, or their gradient if the forward pass has written it."""
+        if self.logits is None:
             raise RuntimeError(
                 "Trying to backward through a loss with inplace_backward=True a second time, "
                 "but its logits have been overwritten by the gradient."
@@ -40,6 +44,7 @@ class Overwritten:
                 "inplace operation: the logits given to a loss with inplace_backward=True, whose "
                 "memory holds the gradient"
             )
+        return self.logits
 
 
 def apply_overwriting(apply: Callable[[Overwritten], Any], input: Tensor) -> Any:
@@ -49,7 +54,13 @@ def apply_overwriting(apply: Callable[[Overwritten], Any], input: Tensor) -> Any
             "a leaf Variable that requires grad is being used in an in-place operation "
             "(inplace_backward=True overwrites the logits)."
         )
-    if torch._debug_has_internal_overlap(input) == 1:
+    if input.is_neg():
+        raise RuntimeError(
+            "inplace_backward=True cannot overwrite logits that are the lazy negative of their "
+            "memory: give it input.resolve_neg()"
+        )
+    # Torch's own answer is 0 for none, 1 for some, and 2 where it did not look.
+    if torch._debug_has_internal_overlap(input) and _overlaps(input):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation "
@@ -60,6 +71,18 @@ def apply_overwriting(apply: Callable[[Overwritten], Any], input: Tensor) -> Any
     _RaiseOnUse.apply(input)  # type: ignore[no-untyped-call]
     overwritten.version = input._version
     return result
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory: some dimension steps no farther than those of smaller strides
+    reach. (Strides that interleave, such as 2 and 3 of 2 by 2, count as an overlap too.)"""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += stride * (size - 1)
+    return False
 
 
 class _RaiseOnUse(torch.autograd.Function):
@@ -86,7 +109,6 @@ def forward_gradient(input: Tensor, overwritten: Overwritten | None) -> Tensor |
     if input.dtype == torch.float16:
         return None
     if overwritten is not None:
-        overwritten.holds_gradient = True
         return overwritten.logits
     if (
         torch.compiler.is_compiling()
@@ -123,8 +145,7 @@ def gradients(
     needs = ctx.needs_input_grad[: len(tensors)]
     overwritten, gradient = ctx.overwritten, ctx.gradient
     if overwritten is not None:
-        overwritten.check(gradient is not None)
-        tensors = (overwritten.logits, *tensors[1:])
+        tensors = (overwritten.unchanged(), *tensors[1:])
     if composed:
         if overwritten is not None:
             raise RuntimeError(
@@ -134,7 +155,7 @@ def gradients(
         return _composed(function, tensors, needs, grad_outputs)
     found: list[Tensor | None] = [None] * len(tensors)
     if True in needs[1:]:
-        if overwritten is not None and overwritten.holds_gradient:
+        if overwritten is not None and gradient is not None:
             raise RuntimeError(
                 "inplace_backward=True with a target or weight that requires grad: the logits "
                 "that its gradient needs are overwritten"
@@ -155,8 +176,8 @@ def gradients(
         except RuntimeError as error:  # what an earlier call has found on CUDA
             raise_index_error(str(error))
             raise
-        if overwritten is not None:
-            overwritten.holds_gradient = True
+    if overwritten is not None:
+        overwritten.logits = None  # else the loss would keep that memory
     found[0] = gradient
     return found
 

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fused_ce import reference
 from fused_ce.arguments import (
     FLOATS,
+    HALVES,
     REALS,
     REDUCTIONS,
     dtype_name,
@@ -24,6 +25,7 @@ from fused_ce.arguments import (
     is_zero_on_empty,
     on_device,
     raise_index_error,
+    read_index,
     read_normalizer,
     read_sample_weight,
     reduction_code,
@@ -33,6 +35,7 @@ from fused_ce.autograd import (
     apply_overwriting,
     forward_gradient,
     gradients,
+    is_exporting,
     transforms_active,
 )
 from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
@@ -80,7 +83,10 @@ def binary_cross_entropy_with_logits(
         on_empty: "nan" or "zero", what a mean over nothing is.
         inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
             later use of the logits in autograd raises. Writes only when the logits need a gradient.
-            Under torch.compile, which plans memory itself, it changes nothing.
+            If target or a weight requires one too, backward raises for "mean" and "sum", except of
+            float16 logits. Under torch.compile and torch.export, which plan memory themselves,
+            under torch.func, in forward mode, and where `normalizer` requires a gradient, it
+            changes nothing.
 
     Returns:
         The loss: of the input's shape for "none", else 0-D. Its dtype is the target's if that is a
@@ -128,6 +134,7 @@ def binary_cross_entropy_with_logits(
             "binary_cross_entropy_with_logits(): argument 'pos_weight' (position 4)",
             pos_weight,
             input,
+            swapped=True,
         )
     return _prepare(
         "binary_cross_entropy_with_logits",
@@ -205,19 +212,21 @@ def binary_cross_entropy(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}) is deprecated. Please ensure they have the same size."
         )
-    if (
-        input.dtype != target.dtype
-        and (target.is_floating_point() or not input.is_floating_point())
-        and not is_autocast_enabled(input)
-    ):
-        raise RuntimeError(
-            f"Found dtype {dtype_name(target.dtype)} but expected {dtype_name(input.dtype)}"
-        )
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         raise RuntimeError(
             "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
             "rounds to 0 or 1. Use binary_cross_entropy_with_logits or BCEWithLogitsLoss."
         )
+    if input.dtype != target.dtype and (
+        target.is_floating_point() or not input.is_floating_point()
+    ):
+        found, expected = target.dtype, input.dtype
+        if is_autocast_enabled(input):
+            found, expected = (torch.float32 if d in HALVES else d for d in (found, expected))
+        if found != expected:
+            raise RuntimeError(
+                f"Found dtype {dtype_name(found)} but expected {dtype_name(expected)}"
+            )
     if weight is not None:
         weight = _checked_weight(
             "binary_cross_entropy(): argument 'weight' (position 3)", weight, input
@@ -302,7 +311,7 @@ def sigmoid_focal_loss(
         )
     if not gamma >= 0:
         raise ValueError(f"Invalid gamma value: {gamma}. gamma must not be negative.")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: "
             "'none', 'mean', 'sum'"
@@ -330,12 +339,13 @@ def sigmoid_focal_loss(
     )
 
 
-def _checked_weight(argument: str, weight: Tensor, input: Tensor) -> Tensor:
+def _checked_weight(argument: str, weight: Tensor, input: Tensor, swapped: bool = False) -> Tensor:
+    """The weight in dense memory. `swapped`: torch names it first where sizes differ."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{argument} must be Tensor, not {type(weight).__name__}")
     shape, full = weight.shape, input.shape
     if len(shape) != len(full) or shape != full:  # the lengths first: sizes may be symbols
-        _check_broadcast(shape, full, "pos_weight" in argument)
+        _check_broadcast(shape, full, swapped)
     if weight.dtype not in REALS:
         raise NotImplementedError(f"{argument} of dtype {weight.dtype} is not supported")
     if weight.layout is not torch.strided:
@@ -395,12 +405,12 @@ def _prepare(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     zero_on_empty = is_zero_on_empty(on_empty)
-    if ignore_index is not None and not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
+    if ignore_index is not None:
+        ignore_index = read_index(ignore_index, "ignore_index")
     if target_dtype in FLOATS and target_dtype != dtype:
         # torchvision's formula promotes where torch's function takes the target's dtype.
         dtype = torch.promote_types(dtype, target_dtype) if form == FOCAL else target_dtype
-    if is_autocast_enabled(input) and torch.float64 not in (dtype, input.dtype):
+    if dtype in HALVES and is_autocast_enabled(input):
         dtype = torch.float32
     if sample_weight is not None:
         sample_weight = read_sample_weight(sample_weight, input, input.shape)
@@ -441,8 +451,9 @@ def _apply(
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
         return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
-        if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `gradients`.
+        if others_require_grad or is_exporting():
+            # Dynamo cannot trace the torch.autograd.grad of `gradients`, and export keeps no
+            # backward pass: the exported module differentiates what it is made of.
             return reference.bce(*arguments, *options)
         return _BCE.apply(*arguments, options, None)  # type: ignore[no-any-return,no-untyped-call]
     if inplace and input.requires_grad:

@@ -9,38 +9,25 @@ from torch import nn
 
 from fused_ce import functional, modules
 
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.CrossEntropyLoss: modules.CrossEntropyLoss,
+    nn.BCEWithLogitsLoss: modules.BCEWithLogitsLoss,
+    nn.BCELoss: modules.BCELoss,
+}
+
 
 def replace_losses(module: nn.Module) -> nn.Module:
-    """Replaces every `torch.nn.CrossEntropyLoss`, `BCEWithLogitsLoss` and `BCELoss` below `module`
-    by ours, with its weights and settings. Subclasses are left alone. Returns the module, or the
-    replacement if `module` is itself such a loss.
+    """Turns `module`, or every module below it, that is a `torch.nn.CrossEntropyLoss`,
+    `BCEWithLogitsLoss` or `BCELoss` into ours, in place: weights, settings and hooks stay, and so
+    does every other reference to them. Subclasses are left alone. Returns the module.
     """
-    if type(module) is nn.CrossEntropyLoss:
-        return _like(
-            module,
-            modules.CrossEntropyLoss(
-                module.weight,
-                ignore_index=module.ignore_index,
-                reduction=module.reduction,
-                label_smoothing=module.label_smoothing,
-            ),
-        )
-    if type(module) is nn.BCEWithLogitsLoss:
-        return _like(
-            module,
-            modules.BCEWithLogitsLoss(
-                module.weight, reduction=module.reduction, pos_weight=module.pos_weight
-            ),
-        )
-    if type(module) is nn.BCELoss:
-        return _like(module, modules.BCELoss(module.weight, reduction=module.reduction))
-    for name, child in list(module.named_children()):
-        setattr(module, name, replace_losses(child))
+    for loss in module.modules():
+        ours = _OURS.get(type(loss))
+        if ours is not None:
+            loss.__class__ = ours
+            for name, default in vars(ours()).items():  # the settings that torch's has not
+                vars(loss).setdefault(name, default)
     return module
-
-
-def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    return new.train(old.training)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Every loss in plain PyTorch, differentiable to any order.
 
-This is the oracle of the tests (in float64), what `torch.func` transforms, forward-mode
-differentiation and second derivatives are composed from, and the last fallback on devices without
-kernels. The arguments are those of the ops in csrc/ops.cpp.
+This is what `torch.func` transforms, forward-mode differentiation, second derivatives and exported
+training are composed from, and the last fallback on devices without kernels. The arguments are
+those of the ops in csrc/ops.cpp.
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ def bce(
         t = torch.where(kept, t, 0.0)
     # 1 - t is smoothed by itself: formed from a smoothed t it would lose digits.
     negative = (1 - t) * (1 - label_smoothing) + label_smoothing / 2
-    t = t * (1 - label_smoothing) + label_smoothing / 2
+    smoothed = t * (1 - label_smoothing) + label_smoothing / 2
+    if form == PROBABILITY and label_smoothing:  # a target out of range is left for torch to find
+        t = torch.where((t >= 0) & (t <= 1), smoothed, t)
+    else:
+        t = smoothed
     if form == PROBABILITY:
         loss = _torch_bce(x, t, reduction="none")
     else:
@@ -161,7 +165,7 @@ def softmax_ce(
         x = torch.where(kept.unsqueeze(dim), x, 0.0)
     logits = _capped(x, logit_scale, softcap)
     log_p = torch.log_softmax(logits, dim)
-    count: Tensor | float
+    count: Tensor | int
     if kept is None:
         t = target.to(compute) * (1 - label_smoothing) + label_smoothing / max(classes, 1)
         loss = -(log_p * (t if w is None else t * w)).sum(dim)
@@ -226,7 +230,7 @@ def _softmax_stats(
 
 def _divide(
     total: Tensor,
-    count: Tensor | float,
+    count: Tensor | int,
     normalizer: Tensor | None,
     denominator: float | None,
     zero_on_empty: bool,
@@ -235,11 +239,11 @@ def _divide(
     if normalizer is not None:
         divisor = normalizer.reshape(()).to(total.dtype)
     elif denominator is not None:
-        divisor = total.new_tensor(denominator)
+        divisor = total.new_full((), denominator)
     elif isinstance(count, Tensor):
         divisor = count.to(total.dtype)
     else:
-        divisor = total.new_tensor(float(count))
+        divisor = total.new_full((), count)  # which may be a symbol
     if zero_on_empty:
         empty = divisor == 0
         return torch.where(empty, 0.0, total / torch.where(empty, 1.0, divisor))

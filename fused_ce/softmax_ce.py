@@ -7,7 +7,6 @@ reference.py that transforms need.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fused_ce import reference
 from fused_ce.arguments import (
     FLOATS,
+    HALVES,
     LABELS,
     REALS,
     dtype_name,
@@ -25,6 +25,7 @@ from fused_ce.arguments import (
     is_zero_on_empty,
     on_device,
     raise_index_error,
+    read_index,
     read_normalizer,
     read_sample_weight,
     reduction_code,
@@ -34,12 +35,13 @@ from fused_ce.autograd import (
     apply_overwriting,
     forward_gradient,
     gradients,
+    is_exporting,
     transforms_active,
 )
 from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
 
 _OUTPUTS = {"lse": LSE, "entropy": ENTROPY, "prediction": PREDICTION, "correct": CORRECT}
-_HALVES = (torch.float16, torch.bfloat16)
+_FLOAT32 = torch.finfo(torch.float32)
 
 _softmax_ce_op = torch.ops.fused_ce._softmax_ce.default
 _softmax_ce_with_gradient_op = torch.ops.fused_ce._softmax_ce_with_gradient.default
@@ -102,14 +104,18 @@ def cross_entropy(
             dimensions) that multiplies its loss and changes no denominator; differentiable.
         normalizer: a number or a one-element tensor that replaces the denominator of "mean".
         on_empty: "nan" or "zero", what a mean over nothing is.
-        softcap: a positive number s that makes the logits s tanh(x / s), after `logit_scale`.
+        softcap: a positive number s, normal in float32, that makes the logits s tanh(x / s), after
+            `logit_scale`.
         logit_scale: multiplies the logits.
         z_loss: this number times (log sum exp)^2 is added to the loss of each row.
         stats: names of statistics of the rows to return from the same pass, among "lse",
             "entropy", "prediction" and "correct"; ignored rows have them too.
         inplace_backward: the gradient overwrites the logits, so that backward allocates nothing; a
             later use of the logits in autograd raises. Writes only when the logits need a gradient.
-            Under torch.compile, which plans memory itself, it changes nothing.
+            If target or a weight requires one too, backward raises for "mean" and "sum", except of
+            float16 logits and with "lse" or "entropy" among `stats`. Under torch.compile and
+            torch.export, which plan memory themselves, under torch.func, in forward mode, and where
+            `normalizer` requires a gradient, it changes nothing.
 
     Returns:
         The loss, in the input's dtype (with probabilities, in what input, target and weight promote
@@ -119,7 +125,7 @@ def cross_entropy(
 
     Raises:
         ValueError: batch sizes that differ; unknown reduction, on_empty or statistic; a softcap
-            that is not positive.
+            that is not positive and normal in float32.
         IndexError: a label outside [0, C) that is not `ignore_index` (on the CPU at once; on CUDA
             the row's loss is NaN, and the next call, or :func:`fused_ce.check`, raises).
         RuntimeError: other shapes; a target or weight of another dtype; tensors on different
@@ -156,8 +162,10 @@ def cross_entropy(
         raise _type_error("target", 2, "Tensor", target)
     if weight is not None and not isinstance(weight, Tensor):
         raise _type_error("weight", 3, "Tensor", weight)
-    if type(ignore_index) is not int:
-        ignore_index = _read_index(ignore_index)
+    if type(ignore_index) is not int or ignore_index != -100:
+        ignore_index = read_index(
+            ignore_index, "cross_entropy_loss(): argument 'ignore_index' (position 5)"
+        )
     if type(label_smoothing) is not float:
         label_smoothing = _read_smoothing(label_smoothing)
     shape, dtype = input.shape, input.dtype
@@ -189,7 +197,7 @@ def cross_entropy(
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if autocast and dtype in _HALVES:
+    if autocast and dtype in HALVES:
         dtype = torch.float32
     if weight is not None:
         weight = _read_weight(weight, input, dtype, has_probabilities, autocast)
@@ -199,8 +207,8 @@ def cross_entropy(
     if has_probabilities and input.numel() == 0 and normalizer is None and denominator is None:
         denominator = 0.0  # Torch divides by the number of probabilities over that of classes.
     zero_on_empty = is_zero_on_empty(on_empty)
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive, not {softcap}")
+    if softcap is not None and not _FLOAT32.tiny <= softcap <= _FLOAT32.max:
+        raise ValueError(f"softcap must be a positive, normal number of float32, not {softcap}")
     outputs = _read_stats(stats, shape) if stats else 0
     options = (
         code,
@@ -232,18 +240,6 @@ def _type_error(name: str, position: int, expected: str, found: Any) -> TypeErro
         f"cross_entropy_loss(): argument '{name}' (position {position}) must be {expected}, not "
         f"{type(found).__name__}"
     )
-
-
-def _read_index(index: Any) -> int:
-    """Torch takes what has the value of an integer, but no bool."""
-    if isinstance(index, torch.SymInt):
-        return index  # type: ignore[return-value]
-    if not isinstance(index, bool):
-        try:
-            return operator.index(index)
-        except TypeError:
-            pass
-    raise _type_error("ignore_index", 5, "int", index)
 
 
 def _read_smoothing(smoothing: Any) -> float:
@@ -329,7 +325,7 @@ def _read_weight(
             raise NotImplementedError(f"weight of dtype {weight.dtype} is not supported")
         if weight.dtype not in FLOATS:
             weight = weight.to(dtype)
-    elif (torch.float32 if autocast and weight.dtype in _HALVES else weight.dtype) != dtype:
+    elif (torch.float32 if autocast and weight.dtype in HALVES else weight.dtype) != dtype:
         raise RuntimeError(
             f"expected scalar type {dtype_name(dtype)} but found {dtype_name(weight.dtype)}"
         )
@@ -372,8 +368,7 @@ def _apply(
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
         return _wanted(_softmax_ce_op(*tensors, *options), options)
     if torch.compiler.is_compiling():
-        if others_require_grad:
-            # Dynamo cannot trace the torch.autograd.grad of `gradients`.
+        if others_require_grad or is_exporting():  # as in bce.py
             return _wanted(reference.softmax_ce(*tensors, *options), options)
         return _SoftmaxCE.apply(*tensors, options, None)  # type: ignore[no-untyped-call]
     if inplace and input.requires_grad:

@@ -11,10 +11,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from cases import (
+    FLOATS,
     FOCAL,
     FORMS,
     LOGITS,
@@ -22,11 +25,14 @@ from cases import (
     REDUCTIONS,
     SOFTMAX,
     Form,
+    dtype_id,
+    exact_cross_entropy,
     form_id,
     make_input,
     run,
 )
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fused_ce
 
@@ -37,6 +43,8 @@ cross_entropy = SOFTMAX.ours
 
 each_form = pytest.mark.parametrize("form", FORMS, ids=form_id)
 each_loss = pytest.mark.parametrize("form", [*FORMS, SOFTMAX], ids=form_id)
+CLASSES = SOFTMAX._replace(name="labels")  # the same loss, of labels in place of probabilities
+each_mode = pytest.mark.parametrize("form", [*FORMS, SOFTMAX, CLASSES], ids=form_id)
 
 X = torch.rand(4, 5)
 T = torch.tensor([0, 1, 2, 3])  # labels of X
@@ -83,6 +91,9 @@ SAME_MESSAGE = {
     ),
     "unknown reduction": (LOGITS, X, X, {"reduction": "foo"}),
     "unknown reduction, probabilities": (PROBABILITY, X, X, {"reduction": "foo"}),
+    "reduction a list": (LOGITS, X, X, {"reduction": []}),
+    "reduction a list, probabilities": (PROBABILITY, X, X, {"reduction": []}),
+    "reduction None": (LOGITS, X, X, {"reduction": None}),
     "probabilities of a half target": (PROBABILITY, X, X.half(), {}),
     "probabilities of a double target": (PROBABILITY, X, X.double(), {}),
     "double probabilities": (PROBABILITY, X.double(), X, {}),
@@ -176,10 +187,13 @@ SAME_MESSAGE = {
     "smoothing None": (SOFTMAX, X, T, {"label_smoothing": None}),
     "smoothing complex": (SOFTMAX, X, T, {"label_smoothing": 1j}),
     "unknown reduction of labels": (SOFTMAX, X, T, {"reduction": "foo"}),
+    "reduction of labels a list": (SOFTMAX, X, T, {"reduction": []}),
     "index a float": (SOFTMAX, X, T, {"ignore_index": 1.0}),
     "index text": (SOFTMAX, X, T, {"ignore_index": "1"}),
     "index a bool": (SOFTMAX, X, T, {"ignore_index": True}),
     "index None": (SOFTMAX, X, T, {"ignore_index": None}),
+    "index past 64 bits": (SOFTMAX, X, T, {"ignore_index": 2**63}),
+    "index below 64 bits": (SOFTMAX, X, T, {"ignore_index": -(2**63) - 1}),
     "index a float tensor": (SOFTMAX, X, T, {"ignore_index": torch.tensor(1.0)}),
     "logits a list": (SOFTMAX, [0.5], T, {}),
     "no labels": (SOFTMAX, X, None, {}),
@@ -277,6 +291,7 @@ OWN = {
     "alpha above 1": (FOCAL, {"alpha": 1.5}, ValueError, "Invalid alpha value: 1.5"),
     "alpha below 0": (FOCAL, {"alpha": -0.5}, ValueError, "or -1 for ignore"),
     "focal reduction": (FOCAL, {"reduction": "foo"}, ValueError, "Supported reduction modes"),
+    "focal reduction a list": (FOCAL, {"reduction": []}, ValueError, "Supported reduction modes"),
     "on_empty": (LOGITS, {"on_empty": "none"}, ValueError, "on_empty must be 'nan' or 'zero'"),
     "normalizer of text": (LOGITS, {"normalizer": "3"}, TypeError, "normalizer must be a number"),
     "normalizer a list": (LOGITS, {"normalizer": [3]}, TypeError, "number"),
@@ -285,6 +300,20 @@ OWN = {
     "complex normalizer": (LOGITS, {"normalizer": torch.tensor(1j)}, ValueError, "real number"),
     "ignore_index a float": (LOGITS, {"ignore_index": 1.0}, TypeError, "must be int, not float"),
     "ignore_index text": (FOCAL, {"ignore_index": "1"}, TypeError, "must be int, not str"),
+    "ignore_index a bool": (PROBABILITY, {"ignore_index": True}, TypeError, "int, not bool"),
+    "ignore_index a bool tensor": (
+        LOGITS,
+        {"ignore_index": torch.tensor(True)},
+        TypeError,
+        "must be int, not Tensor",
+    ),
+    "ignore_index two numbers": (
+        LOGITS,
+        {"ignore_index": torch.ones(2).int()},
+        TypeError,
+        "must be int, not Tensor",
+    ),
+    "ignore_index past 64 bits": (LOGITS, {"ignore_index": 2**63}, ValueError, "^Overflow when"),
     "sample_weight a number": (LOGITS, {"sample_weight": 2.0}, TypeError, "must be Tensor"),
     "sample_weight of columns": (LOGITS, {"sample_weight": torch.rand(5)}, ValueError, "leading"),
     "sample_weight of more dimensions": (
@@ -323,9 +352,18 @@ OWN = {
         RuntimeError,
         "same device",
     ),
-    "softcap 0": (SOFTMAX, {"softcap": 0.0}, ValueError, "softcap must be positive, not 0.0"),
-    "softcap below 0": (SOFTMAX, {"softcap": -1}, ValueError, "softcap must be positive, not -1"),
-    "softcap NaN": (SOFTMAX, {"softcap": math.nan}, ValueError, "softcap must be positive"),
+    "softcap 0": (SOFTMAX, {"softcap": 0.0}, ValueError, "softcap must be a positive, .* not 0.0"),
+    "softcap below 0": (
+        SOFTMAX,
+        {"softcap": -1},
+        ValueError,
+        "softcap must be a positive.* not -1",
+    ),
+    "softcap NaN": (SOFTMAX, {"softcap": math.nan}, ValueError, "softcap must be"),
+    "softcap infinite": (SOFTMAX, {"softcap": math.inf}, ValueError, "softcap must be"),
+    "softcap beyond float32": (SOFTMAX, {"softcap": 3.5e38}, ValueError, "number of float32"),
+    "softcap below float32": (SOFTMAX, {"softcap": 1e-46}, ValueError, "number of float32"),
+    "softcap whose inverse is infinite": (SOFTMAX, {"softcap": 1e-39}, ValueError, "normal number"),
     "softcap text": (SOFTMAX, {"softcap": "1"}, TypeError, "str"),
     "logit_scale text": (SOFTMAX, {"logit_scale": "1"}, (TypeError, RuntimeError), "logit_scale"),
     "z_loss None": (SOFTMAX, {"z_loss": None}, (TypeError, RuntimeError), "z_loss"),
@@ -371,6 +409,74 @@ def test_sparse_weight_is_taken_as_a_dense_one() -> None:
     torch.testing.assert_close(bce_with_logits(X, X, weight.to_sparse()), theirs)
 
 
+def test_sparse_extras_are_taken_as_dense_ones() -> None:
+    weight = torch.tensor([0.0, 2, 0, 3])
+    for name, dense in (("sample_weight", weight), ("normalizer", weight[1:2])):
+        for form, target in ((LOGITS, X), (SOFTMAX, T)):
+            found, right = (
+                form.ours(X, target, **{name: tensor}) for tensor in (dense.to_sparse(), dense)
+            )
+            assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [np.int64(1), np.uint8(1), torch.tensor(1), torch.tensor([1], dtype=torch.int16)],
+    ids=repr,
+)
+def test_integers_of_other_types(index: Any) -> None:
+    for form, target in (
+        (LOGITS, T[:, None].expand(4, 5)),
+        (FOCAL, T[:, None].expand(4, 5)),
+        (SOFTMAX, T),
+    ):
+        found = form.ours(X, target, ignore_index=index)
+        assert torch.equal(found, form.ours(X, target, ignore_index=1))
+        assert not torch.equal(found, form.ours(X, target))
+    torch.testing.assert_close(found, F.cross_entropy(X, T, ignore_index=index))
+
+
+# The largest and the smallest that there are; 1e30 makes no difference to X.
+@pytest.mark.parametrize("softcap", [torch.finfo().max, 1e30, torch.finfo().tiny])
+def test_extreme_softcaps(softcap: float, device: str) -> None:
+    for dtype in FLOATS:
+        x = (X - 0.5).to(dtype)
+        found = run(cross_entropy, x, T, device=device, softcap=softcap)
+        right = run(exact_cross_entropy, x.double(), T, softcap=softcap)
+        torch.testing.assert_close(found.loss, right.loss.to(dtype))
+        torch.testing.assert_close(found.gradient, right.gradient.to(dtype))
+
+
+def loss_or_message(function: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor | str:
+    try:
+        return function(x, t)
+    except RuntimeError as error:
+        return str(error)
+
+
+# Torch's table, of what is refused and of the loss's dtype, which half types do not decide.
+@pytest.mark.parametrize("target_dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_mixed_dtypes_under_autocast(
+    dtype: torch.dtype, target_dtype: torch.dtype, device: str
+) -> None:
+    for form in (LOGITS, PROBABILITY) if device == "cpu" else (LOGITS,):
+        x, t = X.to(dtype), X.to(target_dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = loss_or_message(form.theirs, x, t)
+        with torch.autocast(device, torch.bfloat16):
+            ours = loss_or_message(form.ours, x.to(device), t.to(device))
+        if isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours.cpu(), theirs)
+        # An integer target leaves it to the logits.
+        with torch.autocast(device, torch.bfloat16):
+            ours = form.ours(x.to(device), T[:, None].expand(4, 5).gt(1).to(device))
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 @pytest.mark.parametrize(
     ("module", "options"),
     [
@@ -395,9 +501,19 @@ def test_focal_shapes() -> None:
         focal(torch.rand(3, 1), torch.rand(3))
 
 
-def test_integer_target_cannot_require_grad() -> None:
-    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
-        torch.tensor([1, 0]).requires_grad_()
+@each_form
+def test_integer_target_has_no_gradient(form: Form, device: str) -> None:
+    """And takes none from the others."""
+    t = (torch.arange(20) % 2).view(4, 5).to(device)
+    found = []
+    for target in (t, t.bool(), t.float()):
+        leaf = X.to(device, copy=True).requires_grad_()
+        sample_weight = torch.linspace(1, 2, 4).to(device).requires_grad_()
+        form.ours(leaf, target, reduction="sum", sample_weight=sample_weight).backward()
+        assert target.grad is None
+        found.append((leaf.grad, sample_weight.grad))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
 
 
 def test_smoothing_above_1_is_refused_at_the_call() -> None:
@@ -458,6 +574,21 @@ def test_next_call_reports_probabilities_out_of_range() -> None:
     with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
         bce(good, good)
     assert bce(good, good).isfinite()  # and the process goes on
+
+
+# Smoothing may bring a target back into the range. On the CPU; torch's own loss stops CUDA.
+@pytest.mark.parametrize("value", [-0.04, 1.05, math.nan])
+def test_smoothed_targets_out_of_range(value: float) -> None:
+    x, t = torch.full((3,), 0.5), torch.tensor([0.5, value, 1.0])
+
+    def smoothed(x: Tensor) -> Tensor:
+        return bce(x, t, label_smoothing=0.2)
+
+    for function in (smoothed, torch.func.grad(smoothed), torch.func.hessian(smoothed)):
+        with pytest.raises(RuntimeError, match="all elements of target should be between 0 and 1"):
+            function(x)
+    with fused_ce.backend("reference"), pytest.raises(RuntimeError, match="elements of target"):
+        smoothed(x)
 
 
 def test_ignored_probabilities_may_be_out_of_range(device: str) -> None:
@@ -731,23 +862,36 @@ def test_parameters_are_plain_tensors(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@each_loss
-def test_changed_logits(form: Form, reduction: str, device: str) -> None:
+@each_mode
+def test_changed_before_backward(form: Form, reduction: str, device: str) -> None:
+    """Also where torch's loss would not notice."""
     leaf = make_input(form, (4, 5)).to(device).requires_grad_()
-    t = torch.rand(4, 5).to(device)
-    for changed in ("input", "target"):
-        logits, target = leaf * 1, t.clone()
-        loss = form.ours(logits, target, reduction=reduction)
-        (logits if changed == "input" else target).mul_(2)
+    for changed in ("input", "target", "sample_weight", "normalizer", *form.weights):
+        tensors = {
+            "input": leaf * 1,
+            "target": (T if form is CLASSES else torch.rand(4, 5)).to(device, copy=True),
+            "sample_weight": torch.rand(4).to(device),
+            "normalizer": torch.ones(()).to(device),
+            **{name: torch.rand(5).to(device) for name in form.weights},
+        }
+        loss = form.ours(**renamed(form, tensors), reduction=reduction)
+        tensors[changed].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward(torch.ones(loss.shape).to(device))
+
+
+def renamed(form: Form, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision calls input and target so."""
+    names = {"input": "inputs", "target": "targets"} if form is FOCAL else {}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 # ---- inplace_backward ----------------------------------------------------------------------------
 
 
 def overwriting(form: Form, logits: Tensor, **options: Any) -> Tensor:
-    t = torch.full(logits.shape, 0.5, device=logits.device)
+    shape = logits.shape[: logits.dim() - 1] if form is CLASSES else logits.shape
+    t = torch.full(shape, 1 if form is CLASSES else 0.5, device=logits.device)
     return form.ours(logits, t, **{"reduction": "mean", "inplace_backward": True} | options)
 
 
@@ -755,7 +899,7 @@ def backward(loss: Tensor, **options: Any) -> None:
     loss.backward(torch.ones(loss.shape).to(loss.device), **options)
 
 
-@pytest.mark.parametrize("form", [LOGITS, FOCAL, SOFTMAX], ids=form_id)
+@pytest.mark.parametrize("form", [LOGITS, FOCAL, SOFTMAX, CLASSES], ids=form_id)
 class TestInplaceBackward:
     def leaf(self, device: str) -> Tensor:
         return torch.randn(4, 5).to(device).requires_grad_()
@@ -768,6 +912,61 @@ class TestInplaceBackward:
         logits = (self.leaf(device)[:1] * 1).expand(4, 5)
         with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
             overwriting(form, logits)
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda x: x.view(20).unfold(0, 3, 1),
+            lambda x: x.as_strided((2, 3), (2, 1)),
+            lambda x: x.as_strided((3, 2), (1, 2)),
+            lambda x: x.as_strided((2, 2, 2), (1, 4, 4)),
+        ],
+    )
+    def test_overlapping(self, form: Form, view: Callable[[Tensor], Tensor], device: str) -> None:
+        with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+            overwriting(form, view(self.leaf(device) * 1))
+
+    # No overlap, though not every byte between the first and the last is theirs.
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda x: x[:, ::2],
+            lambda x: x[::2],
+            lambda x: x.t()[1:],
+            lambda x: x[:, 1:3],
+            lambda x: x.as_strided((2, 3), (3, 1)),
+            lambda x: x.as_strided((1, 4), (0, 2)),
+        ],
+    )
+    def test_gaps(self, form: Form, view: Callable[[Tensor], Tensor], device: str) -> None:
+        x, found = self.leaf(device).detach(), []
+        for inplace_backward in (True, False):
+            leaf = x.clone().requires_grad_()
+            overwriting(form, view(leaf * 1), inplace_backward=inplace_backward).backward()
+            found.append(leaf.grad)
+        assert torch.equal(*found)
+
+    def test_lazy_negative(self, form: Form, device: str) -> None:
+        leaf = self.leaf(device)
+        logits = (torch.complex(leaf, leaf) * 1).conj().imag
+        with pytest.raises(RuntimeError, match=r"resolve_neg\(\)"):
+            overwriting(form, logits)
+        overwriting(form, logits.resolve_neg()).backward()
+        assert leaf.grad.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_memory_after_backward(
+        self, form: Form, reduction: str, dtype: torch.dtype, device: str
+    ) -> None:
+        """The loss, kept for a log, does not keep that of the logits."""
+        logits = self.leaf(device).to(dtype) * 1
+        memory = StorageWeakRef(logits.untyped_storage())
+        loss = overwriting(form, logits, reduction=reduction)
+        del logits
+        assert not memory.expired()
+        backward(loss, retain_graph=True)
+        assert memory.expired()
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_later_use(self, form: Form, reduction: str, device: str) -> None:
@@ -832,12 +1031,50 @@ class TestInplaceBackward:
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss, leaf, torch.ones(loss.shape).to(device), create_graph=True)
 
-    def test_gradient_of_the_target(self, form: Form, device: str) -> None:
-        target = torch.rand(4, 5).to(device).requires_grad_()
-        logits = self.leaf(device) * 1
-        loss = form.ours(logits, target, reduction="mean", inplace_backward=True)
+    def test_gradient_of_a_weight(self, form: Form, device: str) -> None:
+        """Refused where the forward pass has overwritten the logits."""
+        weight = torch.ones(4).to(device).requires_grad_()
+        loss = overwriting(form, self.leaf(device) * 1, sample_weight=weight)
         with pytest.raises(RuntimeError, match="target or weight that requires grad"):
             backward(loss)
+
+        waiting: list[tuple[torch.dtype, dict[str, Any]]] = [
+            (torch.float32, {"reduction": "none"}),
+            (torch.float16, {"reduction": "sum"}),
+        ]
+        if form in (SOFTMAX, CLASSES):
+            waiting += [
+                (torch.float32, {"stats": (s,), "normalizer": 1}) for s in ("lse", "entropy")
+            ]
+        for dtype, options in waiting:
+            weight.grad = None
+            x = self.leaf(device).to(dtype)
+            loss = overwriting(form, x * 1, sample_weight=weight, **options)
+            backward(loss[0] if "stats" in options else loss)
+            right = overwriting(form, x.detach(), reduction="none")
+            right = right.float().view(4, -1).sum(1)
+            torch.testing.assert_close(weight.grad, right, rtol=2e-3, atol=1e-5)
+
+    def test_gradient_of_the_target(self, form: Form, device: str) -> None:
+        if form is CLASSES:
+            pytest.skip("a label has none")
+        target = torch.rand(4, 5).to(device).requires_grad_()
+        loss = form.ours(self.leaf(device) * 1, target, reduction="mean", inplace_backward=True)
+        with pytest.raises(RuntimeError, match="target or weight that requires grad"):
+            backward(loss)
+
+    def test_without_effect(self, form: Form, device: str) -> None:
+        """Where the loss is composed from torch's operations. The logits may be a leaf, then."""
+        leaf, normalizer = self.leaf(device), torch.tensor(3.0).to(device).requires_grad_()
+        x = leaf.detach().clone()
+        overwriting(form, leaf, normalizer=normalizer).backward()
+        found = torch.func.grad(lambda x: overwriting(form, x, normalizer=3.0))(leaf)
+        torch.testing.assert_close(found, leaf.grad)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+            tangent = forward_ad.unpack_dual(overwriting(form, dual, normalizer=3.0)).tangent
+        torch.testing.assert_close(tangent, leaf.grad.sum())
+        assert torch.equal(leaf, x)
 
     def test_one_of_several_views(self, form: Form, device: str) -> None:
         # as torch's own in-place operations

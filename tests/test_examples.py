@@ -90,6 +90,7 @@ def test_which_loss(tmp_path: Path) -> None:
     out = run(tmp_path, "which_loss.py")
     for line in ("CrossEntropyLoss", "BCE on sigmoid(logits)", "are refused: Target size"):
         assert line in out
+    assert "torch.nn" not in out  # every loss is this package's
     whole, weighted, plain = (
         number(rf"{start}.*: +([\d.]+)", out) for start in ("loss over", "batch means", "plain")
     )

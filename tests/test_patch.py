@@ -42,6 +42,38 @@ def test_replace_a_loss_itself() -> None:
     assert type(replace_losses(nn.CrossEntropyLoss())) is fused_ce.CrossEntropyLoss
 
 
+def test_shared_losses_stay_shared() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.CrossEntropyLoss()
+    model.list = nn.ModuleList([nn.BCELoss()] * 2)
+    replace_losses(model)
+    assert model.a is model.b
+    assert model.list[0] is model.list[1]
+    assert type(model.b) is fused_ce.CrossEntropyLoss
+    assert type(model.list[1]) is fused_ce.BCELoss
+
+
+def test_hooks_stay() -> None:
+    model = nn.Sequential(nn.BCELoss())
+    called = []
+    handle = model[0].register_forward_hook(lambda *_: called.append("forward"))
+    model[0].register_forward_pre_hook(lambda *_: called.append("before"))
+    model[0].register_full_backward_hook(lambda *_: called.append("backward"))
+    loss = replace_losses(model)[0]
+    loss(torch.rand(3, requires_grad=True) * 1, torch.ones(3)).backward()
+    assert called == ["before", "forward", "backward"]
+    handle.remove()
+    loss(torch.rand(3), torch.ones(3))
+    assert called[3:] == ["before"]
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.BCELoss])
+def test_a_replaced_loss_is_a_whole_one(loss: type[nn.Module]) -> None:
+    replaced = replace_losses(loss())
+    assert vars(replaced).keys() == vars(type(replaced)()).keys()
+    assert repr(copy.deepcopy(replaced)) == repr(loss())
+
+
 def test_subclasses_are_left_alone() -> None:
     class Mine(nn.BCELoss):
         pass

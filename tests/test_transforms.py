@@ -714,6 +714,100 @@ def test_export_of_classes(strict: bool, device: str) -> None:
         torch.testing.assert_close(found, right)
 
 
+class WithLoss(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.loss = loss
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.loss(x.sigmoid() if isinstance(self.loss, nn.BCELoss) else x, t)
+
+
+EXPORTED = {
+    "labels": (fused_ce.CrossEntropyLoss(), nn.CrossEntropyLoss(), "labels"),
+    "probabilities of classes": (
+        fused_ce.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        "probabilities",
+    ),
+    "logits": (
+        fused_ce.BCEWithLogitsLoss(inplace_backward=True),
+        nn.BCEWithLogitsLoss(),
+        "probabilities",
+    ),
+    "probability": (fused_ce.BCELoss(), nn.BCELoss(), "probabilities"),
+    "sum": (
+        fused_ce.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(reduction="sum"),
+        "labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_of_training(name: str, strict: bool, device: str) -> None:
+    """The exported module has gradients, for another number of rows too."""
+    ours, theirs, kind = EXPORTED[name]
+    model = WithLoss(ours).to(device)
+    x = torch.randn(8, 5).to(device)
+    t = torch.rand(8, 3) if kind == "probabilities" else torch.tensor([0, 2, -100, 1] * 2)
+    t = t.to(device)
+    rows = {0: torch.export.Dim("rows", min=2)}
+    exported = torch.export.export(
+        model, (x[:4], t[:4]), dynamic_shapes=(rows, rows), strict=strict
+    ).module()
+    exported(x, t).backward()
+    right = WithLoss(theirs).to(device)
+    right.load_state_dict(model.state_dict())
+    right(x, t).backward()
+    for p, q in zip(exported.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_without_gradient_keeps_the_op(strict: bool, device: str) -> None:
+    x, t = torch.randn(4, 5).to(device), torch.tensor([0, 2, -100, 1]).to(device)
+    for ours, target, op in (
+        (fused_ce.CrossEntropyLoss(), t, "_softmax_ce"),
+        (fused_ce.BCEWithLogitsLoss(), torch.rand(4, 3).to(device), "_bce"),
+    ):
+        with torch.no_grad():
+            exported = torch.export.export(WithLoss(ours).to(device), (x, target), strict=strict)
+        assert f"fused_ce.{op}.default" in exported.graph_module.code
+
+
+# Torch's own deprecated switches, which compiled code takes without their warning.
+@pytest.mark.parametrize("strict", [None, False, True], ids=["compile", "non-strict", "strict"])
+@pytest.mark.parametrize(
+    ("options", "reduction"),
+    [
+        ({"size_average": True}, "mean"),
+        ({"size_average": False}, "sum"),
+        ({"reduce": False}, "none"),
+        ({"reduction": "elementwise_mean"}, "mean"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [LOGITS, PROBABILITY, SOFTMAX], ids=form_id)
+@pytest.mark.filterwarnings("ignore:size_average and reduce", "ignore:reduction='elementwise_mean'")
+def test_deprecated_switches_when_compiled(
+    form: Form, options: dict[str, Any], reduction: str, strict: bool | None, device: str
+) -> None:
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return form.ours(x, t, **options)
+
+    x, t = make_input(form, (4, 5)).to(device), make_target((4, 5)).to(device)
+    if strict is None:
+        found = Graphs().compile(Loss())(x, t)
+    else:
+        found = torch.export.export(Loss(), (x, t), strict=strict).module()(x, t)
+    torch.testing.assert_close(found, form.ours(x, t, reduction=reduction))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @each_reduction
 def test_checkpoint(reduction: str, use_reentrant: bool, device: str) -> None:
@@ -763,6 +857,7 @@ def test_inplace_backward_under_checkpoint(device: str) -> None:
         fused_ce.BCEWithLogitsLoss(torch.rand(5), pos_weight=torch.rand(5), ignore_index=-1),
         fused_ce.BCELoss(torch.rand(5), label_smoothing=0.1),
         fused_ce.SigmoidFocalLoss(0.5, 1.5, "mean"),
+        fused_ce.CrossEntropyLoss(torch.rand(5), label_smoothing=0.1, softcap=9.0),
     ],
     ids=lambda module: type(module).__name__,
 )

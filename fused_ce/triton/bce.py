@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_ce import reference
+from fused_ce.reference import MEAN, NONE
 from fused_ce.triton.common import (
     Operand,
     cast,
@@ -31,9 +33,8 @@ from fused_ce.triton.common import (
     store,
 )
 
-LOGITS = tl.constexpr(0)
-PROBABILITY = tl.constexpr(1)
-NONE, MEAN = 0, 1  # reductions
+LOGITS = tl.constexpr(reference.LOGITS)
+PROBABILITY = tl.constexpr(reference.PROBABILITY)
 
 BLOCK = 1024  # elements a program handles at a time: 8 a thread, 16 bytes of a half dtype
 PROGRAMS = 4096  # at most; their partial sums are one block of the finishing kernel
