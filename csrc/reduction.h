@@ -9,10 +9,13 @@ namespace fused_ce {
 
 enum class Reduction : int32_t { kNone, kMean, kSum };  // torch's numbers
 
-// What multiplies the summed loss and each gradient. A denominator of 0 gives sum / 0, or 0 on
-// demand.
+// A mean over nothing, whatever the sum, is 0 on demand.
+FUSED_CE_HOST_DEVICE double reduced(double sum, double denominator, bool zero_on_empty) {
+  return denominator == 0 && zero_on_empty ? 0.0 : sum / denominator;
+}
+// What multiplies each gradient.
 FUSED_CE_HOST_DEVICE double inverse_of(double denominator, bool zero_on_empty) {
-  return denominator == 0 && zero_on_empty ? 0.0 : 1.0 / denominator;
+  return reduced(1.0, denominator, zero_on_empty);
 }
 
 }  // namespace fused_ce

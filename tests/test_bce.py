@@ -777,6 +777,9 @@ def test_on_empty(form: Form, on_empty: str, device: str) -> None:
             assert (result.gradient == 0).all()
         else:
             assert result.loss.item() == math.inf
+    if form is LOGITS and on_empty == "zero":  # whatever is added up
+        lost = x.index_fill(0, torch.tensor(5), math.nan)
+        assert run(form.ours, lost, x * 0, device=device, normalizer=0, **options).loss == 0
     # What is not empty is what it was.
     assert torch.equal(
         run(form.ours, x, x * 0, device=device, **options).loss,

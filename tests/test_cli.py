@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -19,9 +21,14 @@ from fused_ce.bench.rows import parse_size, rows
 QUICK = ["--against", "eager", "--repeats", "2", "--seconds", "0"]
 
 
-def run_python(*arguments):
+def run_python(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | environment,
     )
 
 
@@ -38,6 +45,16 @@ def test_info_names_versions_and_backends(rich):
         assert cell in done.stdout
     for row in backends.table():
         assert any(all(cell in line for cell in row) for line in done.stdout.splitlines())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one capability alone")
+@pytest.mark.parametrize(
+    ("limit", "capabilities"), [("default", ["portable"]), ("avx2", ["avx2", "portable"])]
+)
+def test_limit_of_cpu_capability(limit, capabilities):
+    code = "from fused_ce import backends; print(backends.build_info()['CPU capability'])"
+    done = run_python("-c", code, ATEN_CPU_CAPABILITY=limit)
+    assert done.stdout.strip() in capabilities, done.stderr
 
 
 def test_bench_names_the_extra_it_needs():

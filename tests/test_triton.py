@@ -750,6 +750,7 @@ CE_OPTIONS = {
     "smoothing": {"label_smoothing": 0.1},
     "all smoothing": {"label_smoothing": 1.0},
     "softcap": {"softcap": 5.0},
+    "far softcap": {"softcap": 1e20},
     "softcap, scale": {"softcap": 3.0, "logit_scale": 0.25, "label_smoothing": 0.2},
     "scale": {"logit_scale": 0.5},
     "z": {"z_loss": 0.01},

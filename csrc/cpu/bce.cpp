@@ -55,7 +55,7 @@ void run_cpu(const BceArguments& a, const Tensor&) {
     throw std::runtime_error("all elements of target should be between 0 and 1");
   }
   if (!a.loss || a.reduction == Reduction::kNone) return;
-  store_reduced(a.loss, sums, chunks, denominator, inverse);
+  store_reduced(a.loss, sums, chunks, denominator, a.zero_on_empty);
 }
 
 }  // namespace

@@ -2,6 +2,9 @@
 // picked.
 #pragma once
 
+#include <stdlib.h>
+#include <string.h>
+
 #include "../bce.h"
 #include "../softmax_ce.h"
 
@@ -63,12 +66,16 @@ extern const CpuBodies kAvx2Bodies;
 extern const CpuBodies kAvx512Bodies;
 #endif
 
-// The best bodies for this machine.
+// The best bodies for this machine, or no better ones than ATEN_CPU_CAPABILITY says, torch's own
+// switch for its kernels.
 inline const CpuBodies& cpu_bodies() {
 #if defined(FUSED_CE_X86)
   static const CpuBodies* const best = [] {
+    const char* limit = getenv("ATEN_CPU_CAPABILITY");
+    if (limit != nullptr && strcmp(limit, "default") == 0) return &kPortableBodies;
+    bool wide = limit == nullptr || strcmp(limit, "avx2") != 0;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       return &kAvx512Bodies;
     }

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../elementwise.h"
+#include "../reduction.h"
 #include "body.h"
 
 namespace fused_ce {
@@ -52,13 +53,11 @@ inline void store_scalar(const Operand& operand, double value) {
   }
 }
 
-// The reduced loss: the chunks' sums over the denominator, or, where that is 0, times its inverse.
 inline void store_reduced(const Operand& loss, const double* sums,  // [chunks]
-                          int64_t chunks, double denominator, double inverse) {
+                          int64_t chunks, double denominator, bool zero_on_empty) {
   Sum sum;
   for (int64_t i = 0; i < chunks; ++i) sum.add(sums[i]);
-  double total = sum.total();
-  store_scalar(loss, denominator == 0 ? total * inverse : total / denominator);
+  store_scalar(loss, reduced(sum.total(), denominator, zero_on_empty));
 }
 
 }  // namespace fused_ce

@@ -68,7 +68,7 @@ void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
     sums[chunk] = cpu_bodies().softmax_ce_chunk(a, begin, end, inverse);
   });
   if (!a.loss || a.reduction == Reduction::kNone) return;
-  store_reduced(a.loss, sums.get(), chunks, denominator, inverse);
+  store_reduced(a.loss, sums.get(), chunks, denominator, a.zero_on_empty);
 }
 
 }  // namespace

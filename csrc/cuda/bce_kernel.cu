@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kForms...>)
   if (p.loss_scalar.data != nullptr) {
     double total;
     if (grid_sum(sum, p.workspace.sums, p.workspace.ticket, total) && threadIdx.x == 0) {
-      store(p.loss_scalar, 0, denominator == 0 ? total * inverse : total / denominator);
+      store(p.loss_scalar, 0, reduced(total, denominator, p.zero_on_empty));
     }
   }
 }

@@ -334,8 +334,7 @@ __device__ __forceinline__ void reduce_loss(const SoftmaxCeParams& p, Real loss,
                                             const Scale& scale) {
   double total;
   if (grid_sum(loss, p.workspace.sums, p.workspace.ticket, total) && threadIdx.x == 0) {
-    store(p.loss_scalar, 0,
-          scale.denominator == 0 ? total * scale.inverse : total / scale.denominator);
+    store(p.loss_scalar, 0, reduced(total, scale.denominator, p.zero_on_empty));
   }
 }
 
