@@ -10,9 +10,10 @@ CASES = {
         # Smaller than a tensor's own overhead: what a call costs.
         ("plain", "float32", "2x2"),
         ("plain", "float32", "100x10"),
-        # Classifiers: of two classes, of ten, and of ImageNet's thousand.
+        # Classifiers: of two classes, of ten, of a hundred, and of ImageNet's thousand.
         ("plain", "float32", "65536x2"),
         ("plain", "float32", "65536x10"),
+        ("plain", "float32", "65536x100"),
         ("plain", "float32", "8192x1000"),
         ("plain", "bfloat16", "8192x1000"),
         # Language models: beyond every cache, and vocabularies that no vector length divides.
