@@ -34,10 +34,7 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
   a.half_precision = is_half(dtype) && is_half(input.scalar_type());
 
-  auto sizes = input.sizes();
-  a.space.rank = static_cast<int>(sizes.size());
-  a.space.numel = input.numel();
-  for (int i = 0; i < a.space.rank; ++i) a.space.sizes[i] = sizes[i];
+  a.space = space_of(input);
   STD_TORCH_CHECK(target.dim() == a.space.rank && target.numel() == a.space.numel,
                   "target and input differ in shape");
   set_operand(a.input, input, a.space, input, "input");
@@ -45,22 +42,14 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   set_operand(a.weight, weight, a.space, input, "weight");
   set_operand(a.pos_weight, pos_weight, a.space, input, "pos_weight");
   set_operand(a.sample_weight, sample_weight, a.space, input, "sample_weight");
-  if (normalizer.has_value()) {
-    STD_TORCH_CHECK(normalizer->numel() == 1, "normalizer must have one element");
-    set_operand(a.normalizer, *normalizer, IndexSpace{}, input, "normalizer");
-  }
+  set_scalar(a.normalizer, normalizer, input, "normalizer");
   return a;
 }
 
 inline void merge_dimensions(BceArguments& a) {
-  Operand* operands[] = {&a.input,         &a.target,   &a.weight, &a.pos_weight,
-                         &a.sample_weight, &a.upstream, &a.loss,   &a.gradient};
-  // A reduced loss is one element, not part of the index space.
-  bool reduced = a.reduction != Reduction::kNone;
-  Operand loss = a.loss;
-  if (reduced) a.loss.data = nullptr;
-  merge_dimensions(a.space, operands, 8);
-  if (reduced) a.loss.data = loss.data;
+  Operand* operands[] = {&a.input,         &a.target,   &a.weight,   &a.pos_weight,
+                         &a.sample_weight, &a.upstream, &a.gradient, &a.loss};
+  merge_dimensions(a.space, operands, with_loss(a.reduction, 8));
 }
 
 template <auto kRun>

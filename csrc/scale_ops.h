@@ -7,15 +7,10 @@ namespace fused_ce {
 
 template <auto kRun>
 void scale_(Tensor gradient, const Tensor& scale) {
-  STD_TORCH_CHECK(scale.numel() == 1, "scale must have one element");
-  IndexSpace space;
-  auto sizes = gradient.sizes();
-  space.rank = static_cast<int>(sizes.size());
-  space.numel = gradient.numel();
-  for (int i = 0; i < space.rank; ++i) space.sizes[i] = sizes[i];
+  IndexSpace space = space_of(gradient);
   Operand values, factor;
   set_operand(values, gradient, space, gradient, "gradient");
-  set_operand(factor, scale, IndexSpace{}, gradient, "scale");
+  set_scalar(factor, scale, gradient, "scale");
   Operand* operands[] = {&values};
   merge_dimensions(space, operands, 1);
   kRun(values, space, factor, gradient);

@@ -83,23 +83,15 @@ inline SoftmaxCeArguments softmax_ce_arguments(
     a.weight.dtype = dtype_of(weight->scalar_type());
   }
   set_operand(a.sample_weight, sample_weight, a.rows, input, "sample_weight");
-  if (normalizer.has_value()) {
-    STD_TORCH_CHECK(normalizer->numel() == 1, "normalizer must have one element");
-    set_operand(a.normalizer, *normalizer, IndexSpace{}, input, "normalizer");
-  }
+  set_scalar(a.normalizer, normalizer, input, "normalizer");
   return a;
 }
 
 inline void merge_dimensions(SoftmaxCeArguments& a) {
-  Operand* operands[] = {&a.input,        &a.target,     &a.sample_weight, &a.grad_loss,
-                         &a.grad_lse,     &a.loss,       &a.lse,           &a.entropy,
-                         &a.grad_entropy, &a.prediction, &a.correct,       &a.gradient};
-  // A reduced loss is one element, not part of the index space.
-  Operand loss = a.loss;
-  bool reduced = a.reduction != Reduction::kNone;
-  if (reduced) a.loss.data = nullptr;
-  merge_dimensions(a.rows, operands, 12);
-  if (reduced) a.loss.data = loss.data;
+  Operand* operands[] = {&a.input,      &a.target,  &a.sample_weight, &a.grad_loss,
+                         &a.grad_lse,   &a.lse,     &a.entropy,       &a.grad_entropy,
+                         &a.prediction, &a.correct, &a.gradient,      &a.loss};
+  merge_dimensions(a.rows, operands, with_loss(a.reduction, 12));
 }
 
 // A new contiguous tensor of the rows' shape, or an empty one where it is not wanted.

@@ -53,6 +53,15 @@ inline void check_device(const Tensor& tensor, const Tensor& like, const char* n
       "Expected all tensors to be on the same device, but ", name, " is not on the input's");
 }
 
+inline IndexSpace space_of(const Tensor& tensor) {
+  IndexSpace space;
+  auto sizes = tensor.sizes();
+  space.rank = static_cast<int>(sizes.size());
+  space.numel = tensor.numel();
+  for (int i = 0; i < space.rank; ++i) space.sizes[i] = sizes[i];
+  return space;
+}
+
 // The operand for `tensor`, broadcast (trailing-aligned) to the space. Its own device must be
 // `like`'s.
 inline void set_operand(Operand& operand, const Tensor& tensor, const IndexSpace& space,
@@ -76,6 +85,13 @@ inline void set_operand(Operand& operand, const Tensor& tensor, const IndexSpace
 inline void set_operand(Operand& operand, const std::optional<Tensor>& tensor,
                         const IndexSpace& space, const Tensor& like, const char* name) {
   if (tensor.has_value()) set_operand(operand, *tensor, space, like, name);
+}
+
+inline void set_scalar(Operand& operand, const std::optional<Tensor>& tensor, const Tensor& like,
+                       const char* name) {
+  if (!tensor.has_value()) return;
+  STD_TORCH_CHECK(tensor->numel() == 1, name, " must have one element");
+  set_operand(operand, *tensor, IndexSpace{}, like, name);
 }
 
 inline Tensor empty_strided(const Tensor& like, ScalarType dtype, int64_t rank,

@@ -12,8 +12,7 @@ namespace {
 
 void run_cuda(const BceArguments& a, const Tensor& input) {
   int32_t device_index = input.get_device_index();
-  STD_TORCH_CHECK(a.space.rank <= kCudaRank, "more than ", kCudaRank,
-                  " dimensions that cannot be merged are not supported on CUDA");
+  check_rank(a.space);
   DeviceGuard guard(device_index);
   raise_report();
   Report* report = a.form == BceForm::kProbability ? shared_report() : nullptr;

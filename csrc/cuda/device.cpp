@@ -82,7 +82,8 @@ std::string take_report() {
   std::string message;
   if (report->kind == Report::kLabel) {
     message = "Target " + std::to_string(report->label) + " is out of bounds (row " +
-              std::to_string(report->index) + " of " + std::to_string(report->rows) + ").";
+              std::to_string(report->index) + " of " + std::to_string(report->rows) +
+              " in memory order).";
   } else {
     message = std::string("all elements of ") +
               (report->kind == Report::kTargetProbability ? "target" : "input") +

@@ -30,6 +30,10 @@ class DeviceGuard {
 cudaStream_t current_stream(int32_t device_index);
 int multiprocessors(int32_t device_index);
 DeviceLimits device_limits(int32_t device_index);
+inline void check_rank(const IndexSpace& space) {
+  STD_TORCH_CHECK(space.rank <= kCudaRank, "more than ", kCudaRank,
+                  " dimensions that cannot be merged are not supported on CUDA");
+}
 // Raises on an error of the last launch.
 void check_launch();
 

@@ -1,7 +1,9 @@
-// What a launcher must know of the device.
+// What a launcher must know of the device, and of the kernels.
 #pragma once
 
 namespace fused_ce {
+
+constexpr int kCudaRank = 16;  // dimensions that a kernel takes, merged
 
 struct DeviceLimits {
   int multiprocessors;

@@ -11,10 +11,9 @@
 #endif
 
 #include "../elementwise.h"
+#include "limits.h"
 
 namespace fused_ce {
-
-constexpr int kCudaRank = 16;  // merged dimensions
 
 struct TypedPointer {
   void* data;

@@ -11,8 +11,7 @@ namespace {
 void run_cuda(const Operand& values, const IndexSpace& space, const Operand& scale,
               const Tensor& gradient) {
   int32_t device_index = gradient.get_device_index();
-  STD_TORCH_CHECK(space.rank <= kCudaRank, "more than ", kCudaRank,
-                  " dimensions that cannot be merged are not supported on CUDA");
+  check_rank(space);
   DeviceGuard guard(device_index);
   launch_scale({cuda_space(space), cuda_operand(values, space), {scale.data, scale.dtype}},
                multiprocessors(device_index), current_stream(device_index));

@@ -13,8 +13,7 @@ namespace {
 
 void run_cuda(const SoftmaxCeArguments& a, const Tensor& input) {
   int32_t device_index = input.get_device_index();
-  STD_TORCH_CHECK(a.rows.rank <= kCudaRank, "more than ", kCudaRank,
-                  " dimensions that cannot be merged are not supported on CUDA");
+  check_rank(a.rows);
   DeviceGuard guard(device_index);
   raise_report();
   SoftmaxCePlan plan = plan_softmax_ce(a, device_limits(device_index));
