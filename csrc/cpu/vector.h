@@ -25,7 +25,6 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef double Doubles __attribute__((vector_size(kLanes * 8)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
