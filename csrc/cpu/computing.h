@@ -20,7 +20,7 @@ FUSED_CE_HOST_DEVICE auto combine_lanes(V v, F combine) {
         __attribute__((vector_size(sizeof(V))));
     Index other;
     for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) other[i] = i ^ kHalf;
-    return combine_lanes<V, F, kHalf / 2>(combine(__builtin_shuffle(v, other), v), combine);
+    return combine_lanes<V, F, kHalf / 2>(combine(shuffle(v, v, other), v), combine);
   }
 }
 

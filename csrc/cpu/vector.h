@@ -199,6 +199,21 @@ FUSED_CE_HOST_DEVICE void stream(float* p /* [kLanes] */, Floats v) { store(p, v
 FUSED_CE_HOST_DEVICE void stream_end() {}
 #endif
 
+// The elements of low and high, one behind another, at these places.
+template <class V, class Places>
+FUSED_CE_HOST_DEVICE V shuffle(V low, V high, Places places) {
+#if defined(__clang__)
+  constexpr int kCount = sizeof(V) / sizeof(V{}[0]);
+  V to;
+  for (int i = 0; i < kCount; ++i) {
+    to[i] = places[i] < kCount ? low[places[i]] : high[places[i] - kCount];
+  }
+  return to;
+#else
+  return __builtin_shuffle(low, high, places);
+#endif
+}
+
 // Two vectors at once, in the order of T: the first half of the elements and the second, but of
 // bfloat16 those in even places and those in odd ones, which a shift and a mask take apart. What is
 // loaded beside T's elements is brought into their order.
@@ -214,7 +229,7 @@ FUSED_CE_HOST_DEVICE auto load_two(const U* p /* [2 kLanes], of double [2] */) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     Ints even;
     for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
-    return Two<V>{__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
+    return Two<V>{shuffle(low, high, even), shuffle(low, high, even + 1)};
   } else {
     return Two<V>{low, high};
   }
@@ -271,8 +286,8 @@ FUSED_CE_HOST_DEVICE void transpose(Floats (&square)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) {
       if (i >> step & 1) continue;
       Floats low = square[i], high = square[i + (1 << step)];
-      square[i] = __builtin_shuffle(low, high, first);
-      square[i + (1 << step)] = __builtin_shuffle(low, high, second);
+      square[i] = shuffle(low, high, first);
+      square[i + (1 << step)] = shuffle(low, high, second);
     }
   }
 }
@@ -311,7 +326,7 @@ FUSED_CE_HOST_DEVICE void transpose_few(const int32_t (&turns)[kCount][kCount][k
     for (int from = 1; from < kCount; ++from) {
       Ints lanes;
       memcpy(&lanes, turns[i][from], sizeof(lanes));
-      turned[i] = __builtin_shuffle(turned[i], v[from], lanes);
+      turned[i] = shuffle(turned[i], v[from], lanes);
     }
   }
   for (int i = 0; i < kCount; ++i) v[i] = turned[i];
