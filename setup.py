@@ -24,6 +24,8 @@ class CMakeBuild(build_ext):
         configure += [f"-DFUSED_CE_TORCH_DIR={Path(torch.origin).parent}"]
         configure += [f"-DFUSED_CE_PYTHON_INCLUDE={sysconfig.get_paths()['include']}"]
         configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
+        # Said each time, since CMake would go on with the option of the build before.
+        configure += ["-DFUSED_CE_CUDA=AUTO"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -1259,6 +1259,16 @@ def test_ce_compiles_with_one_option(option: dict[str, Any]) -> None:
         compile_for(90, ops_ce._rows, warps, **{**base, **layout, **option})
 
 
+@launches
+def test_ce_results_that_are_not_wanted() -> None:
+    """They are empty, of the dtypes that compiled code expects."""
+    x, t = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    arguments = (x, t, None, None, None, 1, torch.float32, -100, 0.0, 0.0, 1.0, 0.0, None, False, 0)
+    results = ops_ce.OPS["_softmax_ce"](*arguments)
+    native = torch.ops.fused_ce._softmax_ce.default(*arguments)
+    assert [(r.dtype, r.shape) for r in results] == [(r.dtype, r.shape) for r in native]
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests above have run already")
 def test_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -651,15 +651,14 @@ def _run(
     forward = not grads
     of_loss = forward or grads[0] is not None
 
+    kinds = (dtype, compute, compute, torch.int64, torch.bool)
+    wanted = (
+        forward and reduction == NONE,
+        *(outputs & bit for bit in (LSE, ENTROPY, PREDICTION, CORRECT)),
+    )
     by_row = [
-        input.new_empty(shape, dtype=kind) if wanted else None
-        for wanted, kind in (
-            (forward and reduction == NONE, dtype),
-            (outputs & LSE, compute),
-            (outputs & ENTROPY, compute),
-            (outputs & PREDICTION, torch.int64),
-            (outputs & CORRECT, torch.bool),
-        )
+        input.new_empty(shape, dtype=kind) if is_wanted else None
+        for is_wanted, kind in zip(wanted, kinds, strict=True)
     ]
     with_classes = [t for t in (input, target if soft else None, gradient) if t is not None]
     layout, warps = _layout(with_classes, classes, rows)
@@ -759,7 +758,10 @@ def _run(
             )
     if not forward:
         return ()
-    loss, *rest = (input.new_empty(0, dtype=dtype) if r is None else r for r in by_row)
+    loss, *rest = (
+        input.new_empty(0, dtype=kind) if r is None else r
+        for r, kind in zip(by_row, kinds, strict=True)
+    )
     return (loss if result is None else result, *rest)
 
 
