@@ -905,6 +905,14 @@ def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
 
 
 @launches
+@pytest.mark.parametrize("reduction", [NONE, SUM])
+def test_ce_no_classes(reduction: int) -> None:
+    """Each loss is a sum of no terms: 0, as torch's."""
+    call = CeCall(torch.empty(3, 0), torch.empty(3, 0), reduction=reduction)
+    assert (ops_ce.softmax_ce(*call.arguments(), 0)[0] == 0).all()
+
+
+@launches
 def test_ce_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # several tiles a program, blocks of labels and of partial sums
     for name, value in {"WARPS": 4, "WARP": 16, "LABELS": 8, "COUNTERS": 4, "FINISH": 2}.items():

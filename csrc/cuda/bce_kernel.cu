@@ -152,7 +152,7 @@ __device__ __forceinline__ unsigned load_targets(const BceKernelParams& p, int64
           [&](const Group<T, kCount>* group) {
             Group<T, kCount> targets = *group;
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) put(i, targets.values[i]);
+            for (int i = 0; i < kCount; ++i) put(i, targets[i]);
           },
           [&](int i, const T* element) { put(i, *element); });
     });

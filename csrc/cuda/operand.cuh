@@ -91,12 +91,22 @@ __device__ __forceinline__ T from_real(Real x) {
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Group {
   T values[kCount];
+  __device__ __forceinline__ T operator[](int i) const { return values[i]; }
+};
+// Bytes come in pairs: CUDA 12.8 moves arrays of them through local memory.
+template <class T, int kCount>
+  requires(sizeof(T) == 1 && kCount % 2 == 0)
+struct alignas(kCount < 16 ? kCount : 16) Group<T, kCount> {
+  uint16_t pairs[kCount / 2];
+  __device__ __forceinline__ T operator[](int i) const {
+    return static_cast<T>(pairs[i / 2] >> (8 * (i % 2)));
+  }
 };
 
 template <class T, class Real, int kCount>
 __device__ __forceinline__ void unpack(const Group<T, kCount>& group, Real (&out)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = to_real<Real>(group.values[i]);
+  for (int i = 0; i < kCount; ++i) out[i] = to_real<Real>(group[i]);
 }
 // Two bfloat16 share a 32-bit word; each is the upper half of a float. In PTX, since C++ would move
 // every word between integer and float registers.

@@ -425,7 +425,7 @@ def _rows(
         last = end + margin
         weights = weight - margin * steps[2] if weight is not None else None
         x = _start(input, row, sizes, UNIT)
-        kept = exists
+        kept = exists & (classes > 0)
         if not PROBABILITIES:
             y = load(target, row, sizes, exists).to(tl.int64)
             kept = exists & (y != ignore_index)
@@ -609,8 +609,9 @@ def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, A
     farthest = max(steps) * max(classes, block) + block
     layout = {
         "UNIT": UNIT if shifted else unit,
-        # The lanes for which Triton chooses the layout of the other blocks.
-        "EDGES": max(2 * UNIT, warps * 32 * wide) if shifted else 0,
+        # A lane for each element that the threads have at once: of fewer, several warps would hold
+        # the same one. Triton gives each thread 16 bytes of the narrowest elements.
+        "EDGES": warps * 32 * 16 // min(t.element_size() for t in tensors) if shifted else 0,
         "ACROSS": neighbours,
         "SINGLE": classes <= block,
         "ROWS": across,
