@@ -81,12 +81,12 @@ Tensor bce(const Tensor& input, const Tensor& target, std::optional<Tensor> weig
 }
 
 template <auto kRun>
-Tensor bce_with_gradient(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                         std::optional<Tensor> pos_weight, std::optional<Tensor> sample_weight,
-                         std::optional<Tensor> normalizer, int64_t form, int64_t reduction,
-                         ScalarType dtype, double label_smoothing,
+Tensor bce_with_gradient(Tensor gradient, const Tensor& input, const Tensor& target,
+                         std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
+                         std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer,
+                         int64_t form, int64_t reduction, ScalarType dtype, double label_smoothing,
                          std::optional<int64_t> ignore_index, double alpha, double gamma,
-                         std::optional<double> denominator, bool zero_on_empty, Tensor gradient) {
+                         std::optional<double> denominator, bool zero_on_empty) {
   BceArguments a =
       bce_arguments(input, target, weight, pos_weight, sample_weight, normalizer, form, reduction,
                     dtype, label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
@@ -95,12 +95,13 @@ Tensor bce_with_gradient(const Tensor& input, const Tensor& target, std::optiona
 }
 
 template <auto kRun>
-void bce_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                  std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                  std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer,
-                  int64_t form, int64_t reduction, ScalarType dtype, double label_smoothing,
-                  std::optional<int64_t> ignore_index, double alpha, double gamma,
-                  std::optional<double> denominator, bool zero_on_empty, Tensor gradient) {
+void bce_backward(Tensor gradient, const Tensor& grad_output, const Tensor& input,
+                  const Tensor& target, std::optional<Tensor> weight,
+                  std::optional<Tensor> pos_weight, std::optional<Tensor> sample_weight,
+                  std::optional<Tensor> normalizer, int64_t form, int64_t reduction,
+                  ScalarType dtype, double label_smoothing, std::optional<int64_t> ignore_index,
+                  double alpha, double gamma, std::optional<double> denominator,
+                  bool zero_on_empty) {
   BceArguments a =
       bce_arguments(input, target, weight, pos_weight, sample_weight, normalizer, form, reduction,
                     dtype, label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);

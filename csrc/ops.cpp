@@ -10,33 +10,35 @@
 #include "cuda/device.h"
 #endif
 
-#define FUSED_CE_BCE_ARGUMENTS                                                               \
-  "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? sample_weight, " \
-  "Tensor? normalizer, int form, "                                                           \
-  "int reduction, ScalarType dtype, float label_smoothing, int? ignore_index, float alpha, " \
-  "float gamma, float? denominator, bool zero_on_empty"
+// Options have defaults since every argument that a call names costs it 0.2 microseconds.
+#define FUSED_CE_BCE_ARGUMENTS                                                                 \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? sample_weight, "   \
+  "Tensor? normalizer, int form, int reduction, ScalarType dtype, float label_smoothing=0.0, " \
+  "int? ignore_index=None, float alpha=-1.0, float gamma=0.0, float? denominator=None, "       \
+  "bool zero_on_empty=False"
 
-#define FUSED_CE_SOFTMAX_CE_ARGUMENTS                                                         \
-  "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "  \
-  "int reduction, ScalarType dtype, int ignore_index, float label_smoothing, float softcap, " \
-  "float logit_scale, float z_loss, float? denominator, bool zero_on_empty"
+#define FUSED_CE_SOFTMAX_CE_ARGUMENTS                                                        \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, " \
+  "int reduction, ScalarType dtype, int ignore_index=-100, float label_smoothing=0.0, "      \
+  "float softcap=0.0, float logit_scale=1.0, float z_loss=0.0, float? denominator=None, "    \
+  "bool zero_on_empty=False"
 #define FUSED_CE_SOFTMAX_CE_RESULTS \
   "(Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct)"
 
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   // csrc/{cpu,cuda}/bce.cpp
   m.def("_bce(" FUSED_CE_BCE_ARGUMENTS ") -> Tensor");
-  m.def("_bce_with_gradient(" FUSED_CE_BCE_ARGUMENTS ", Tensor(a!) gradient) -> Tensor");
-  m.def("_bce_backward(Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS ", Tensor(a!) gradient) -> ()");
+  m.def("_bce_with_gradient(Tensor(a!) gradient, " FUSED_CE_BCE_ARGUMENTS ") -> Tensor");
+  m.def("_bce_backward(Tensor(a!) gradient, Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS ") -> ()");
   // csrc/{cpu,cuda}/softmax_ce.cpp
-  m.def("_softmax_ce(" FUSED_CE_SOFTMAX_CE_ARGUMENTS
-        ", int outputs) -> " FUSED_CE_SOFTMAX_CE_RESULTS);
-  m.def("_softmax_ce_with_gradient(" FUSED_CE_SOFTMAX_CE_ARGUMENTS
-        ", int outputs, Tensor(a!) gradient) -> " FUSED_CE_SOFTMAX_CE_RESULTS);
+  m.def("_softmax_ce(int outputs, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
+        ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
+  m.def("_softmax_ce_with_gradient(Tensor(a!) gradient, int outputs, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
+        ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
   m.def(
-      "_softmax_ce_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? "
-      "grad_entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
-      ", Tensor? lse, Tensor? entropy, Tensor(a!) gradient) -> ()");
+      "_softmax_ce_backward(Tensor(a!) gradient, Tensor? grad_loss, Tensor? grad_lse, "
+      "Tensor? grad_entropy, Tensor? lse, Tensor? entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
+      ") -> ()");
   // csrc/{cpu,cuda}/scale.cpp
   m.def("_scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

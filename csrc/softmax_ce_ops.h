@@ -133,12 +133,12 @@ SoftmaxCeResults run_softmax_ce(SoftmaxCeArguments& a, const Tensor& input, Scal
 }
 
 template <auto kRun>
-SoftmaxCeResults softmax_ce(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                            std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer,
-                            int64_t reduction, ScalarType dtype, int64_t ignore_index,
-                            double label_smoothing, double softcap, double logit_scale,
-                            double z_loss, std::optional<double> denominator, bool zero_on_empty,
-                            int64_t outputs) {
+SoftmaxCeResults softmax_ce(int64_t outputs, const Tensor& input, const Tensor& target,
+                            std::optional<Tensor> weight, std::optional<Tensor> sample_weight,
+                            std::optional<Tensor> normalizer, int64_t reduction, ScalarType dtype,
+                            int64_t ignore_index, double label_smoothing, double softcap,
+                            double logit_scale, double z_loss, std::optional<double> denominator,
+                            bool zero_on_empty) {
   SoftmaxCeArguments a = softmax_ce_arguments(
       input, target, weight, sample_weight, normalizer, reduction, dtype, ignore_index,
       label_smoothing, softcap, logit_scale, z_loss, denominator, zero_on_empty);
@@ -146,12 +146,14 @@ SoftmaxCeResults softmax_ce(const Tensor& input, const Tensor& target, std::opti
 }
 
 template <auto kRun>
-SoftmaxCeResults softmax_ce_with_gradient(
-    const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-    std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer, int64_t reduction,
-    ScalarType dtype, int64_t ignore_index, double label_smoothing, double softcap,
-    double logit_scale, double z_loss, std::optional<double> denominator, bool zero_on_empty,
-    int64_t outputs, Tensor gradient) {
+SoftmaxCeResults softmax_ce_with_gradient(Tensor gradient, int64_t outputs, const Tensor& input,
+                                          const Tensor& target, std::optional<Tensor> weight,
+                                          std::optional<Tensor> sample_weight,
+                                          std::optional<Tensor> normalizer, int64_t reduction,
+                                          ScalarType dtype, int64_t ignore_index,
+                                          double label_smoothing, double softcap,
+                                          double logit_scale, double z_loss,
+                                          std::optional<double> denominator, bool zero_on_empty) {
   SoftmaxCeArguments a = softmax_ce_arguments(
       input, target, weight, sample_weight, normalizer, reduction, dtype, ignore_index,
       label_smoothing, softcap, logit_scale, z_loss, denominator, zero_on_empty);
@@ -160,15 +162,14 @@ SoftmaxCeResults softmax_ce_with_gradient(
 }
 
 template <auto kRun>
-void softmax_ce_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_lse,
-                         std::optional<Tensor> grad_entropy, const Tensor& input,
-                         const Tensor& target, std::optional<Tensor> weight,
+void softmax_ce_backward(Tensor gradient, std::optional<Tensor> grad_loss,
+                         std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy,
+                         std::optional<Tensor> lse, std::optional<Tensor> entropy,
+                         const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                          std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer,
                          int64_t reduction, ScalarType dtype, int64_t ignore_index,
                          double label_smoothing, double softcap, double logit_scale, double z_loss,
-                         std::optional<double> denominator, bool zero_on_empty,
-                         std::optional<Tensor> lse, std::optional<Tensor> entropy,
-                         Tensor gradient) {
+                         std::optional<double> denominator, bool zero_on_empty) {
   SoftmaxCeArguments a = softmax_ce_arguments(
       input, target, weight, sample_weight, normalizer, reduction, dtype, ignore_index,
       label_smoothing, softcap, logit_scale, z_loss, denominator, zero_on_empty);

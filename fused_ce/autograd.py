@@ -4,7 +4,7 @@ differentiable operations, and the gradient that overwrites the logits."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -101,7 +101,9 @@ class _RaiseOnUse(torch.autograd.Function):
         )
 
 
-def forward_gradient(input: Tensor, overwritten: Overwritten | None) -> Tensor | None:
+def forward_gradient(
+    input: Tensor, overwritten: Overwritten | None, compiling: bool
+) -> Tensor | None:
     """The memory for a gradient that is written in the forward pass, or None where it is not: for
     float16, whose range cannot hold a gradient before the upstream one (a loss scale) multiplies
     it, and under saved-tensor hooks (checkpointing, offloading), which are there to keep nothing.
@@ -110,27 +112,39 @@ def forward_gradient(input: Tensor, overwritten: Overwritten | None) -> Tensor |
         return None
     if overwritten is not None:
         return overwritten.logits
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    ):
+    if compiling or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return torch.empty_like(input)
     return None
 
 
+class Differentiated(Protocol):
+    """A loss's autograd function, as `gradients` sees it. Tensors are the loss's own, the logits
+    first."""
+
+    @staticmethod
+    def composed(ctx: Any, *tensors: Any) -> Sequence[Tensor]:
+        """The results in torch's operations."""
+
+    @staticmethod
+    def write_gradient(
+        ctx: Any, gradient: Tensor, grad_outputs: Sequence[Tensor | None], *tensors: Any
+    ) -> None:
+        """Computes the gradient of the logits into `gradient`."""
+
+
 def gradients(
+    loss: type[Differentiated],
     ctx: Any,
     tensors: Sequence[Tensor | None],
     grad_outputs: Sequence[Tensor | None],
-    function: Callable[..., Sequence[Tensor]],
-    write: Callable[[Tensor, Tensor], None],
+    results: Sequence[Tensor | None] = (),
 ) -> Sequence[Tensor | None]:
-    """The gradients of the logits, which are the first of the tensors, and of those that follow.
+    """The gradients of the tensors. `results` are those of the forward pass that `write_gradient`
+    takes too.
 
     That of the logits is the one that the forward pass has written, scaled, if only the loss has
-    an upstream gradient; else `write` computes it from the logits into its second argument. The
-    others, and all of them where they must be differentiable, are composed from `function`, the
-    loss in torch's operations.
+    an upstream gradient; else it is computed from the logits. The others, and all of them where
+    they must be differentiable, are composed.
     """
     # A graph of this backward is wanted, or it is batched (is_grads_batched=True comes with the
     # batched tensors that functorch's replaced elsewhere).
@@ -140,27 +154,27 @@ def gradients(
         if grad is not None:
             count += 1
             composed = composed or torch._C._functorch.is_legacy_batchedtensor(grad)
-    if count == 0:
-        return [None] * len(tensors)
     needs = ctx.needs_input_grad[: len(tensors)]
-    overwritten, gradient = ctx.overwritten, ctx.gradient
+    found: list[Tensor | None] = [None] * len(tensors)
+    if count == 0:
+        return found
+    gradient, overwritten = ctx.gradient, ctx.overwritten
     if overwritten is not None:
         tensors = (overwritten.unchanged(), *tensors[1:])
-    if composed:
-        if overwritten is not None:
+        if composed:
             raise RuntimeError(
                 "a loss with inplace_backward=True has no second derivative and no batched "
                 "gradient: its logits are overwritten"
             )
-        return _composed(function, tensors, needs, grad_outputs)
-    found: list[Tensor | None] = [None] * len(tensors)
+    if composed:
+        return _composed(loss, ctx, tensors, needs, grad_outputs)
     if True in needs[1:]:
         if overwritten is not None and gradient is not None:
             raise RuntimeError(
                 "inplace_backward=True with a target or weight that requires grad: the logits "
                 "that its gradient needs are overwritten"
             )
-        found = _composed(function, tensors, (False, *needs[1:]), grad_outputs)
+        found = _composed(loss, ctx, tensors, (False, *needs[1:]), grad_outputs)
     if not needs[0]:
         return found
     ctx.gradient = None
@@ -172,7 +186,7 @@ def gradients(
         if gradient is None:
             gradient = torch.empty_like(logits) if overwritten is None else logits
         try:
-            write(logits, gradient)
+            loss.write_gradient(ctx, gradient, grad_outputs, *results, *tensors)
         except RuntimeError as error:  # what an earlier call has found on CUDA
             raise_index_error(str(error))
             raise
@@ -183,7 +197,8 @@ def gradients(
 
 
 def _composed(
-    function: Callable[..., Sequence[Tensor]],
+    loss: type[Differentiated],
+    ctx: Any,
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
     grad_outputs: Sequence[Tensor | None],
@@ -198,7 +213,7 @@ def _composed(
             for t, need in zip(tensors, needs, strict=True)
         ]
     with torch.enable_grad():
-        outputs = function(*leaves)
+        outputs = loss.composed(ctx, *leaves)
         seeded = [
             (output, grad)
             for output, grad in zip(outputs, grad_outputs, strict=False)

@@ -15,6 +15,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +45,10 @@ _NATIVE = {
 
 def _differentiated(
     function: Callable[..., tuple[Tensor, ...]],
-    input: Tensor,
-    options: list[Any],
-    grads: tuple[Tensor | None, ...],
     gradient: Tensor,
+    grads: tuple[Tensor | None, ...],
+    input: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     """The results of `function`; writes the gradient of `input`, given that of the results."""
     # An op may be called below autograd, as it is from compiled code.
@@ -72,33 +73,25 @@ def _bce(*arguments: Any) -> tuple[Tensor]:
     return (reference.bce(*arguments),)
 
 
-def _reference_bce_with_gradient(input: Tensor, *rest: Any) -> Tensor:
-    *options, gradient = rest
-    return _differentiated(_bce, input, options, (input.new_ones(()),), gradient)[0]
+def _reference_bce_with_gradient(gradient: Tensor, *arguments: Any) -> Tensor:
+    return _differentiated(_bce, gradient, (gradient.new_ones(()),), *arguments)[0]
 
 
-def _reference_bce_backward(grad_output: Tensor, input: Tensor, *rest: Any) -> None:
-    *options, gradient = rest
-    _differentiated(_bce, input, options, (grad_output,), gradient)
+def _reference_bce_backward(gradient: Tensor, grad_output: Tensor, *arguments: Any) -> None:
+    _differentiated(_bce, gradient, (grad_output,), *arguments)
 
 
-def _reference_softmax_ce_with_gradient(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *options, gradient = rest
-    one = input.new_ones(())
-    return _differentiated(reference.softmax_ce, input, options, (one,), gradient)
+def _reference_softmax_ce_with_gradient(
+    gradient: Tensor, outputs: int, *arguments: Any
+) -> tuple[Tensor, ...]:
+    function = partial(reference.softmax_ce, outputs)
+    return _differentiated(function, gradient, (gradient.new_ones(()),), *arguments)
 
 
-def _reference_softmax_ce_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    input: Tensor,
-    *rest: Any,
-) -> None:
-    *options, _, _, gradient = rest
-    options.append(reference.LSE | reference.ENTROPY)
-    grads = (grad_loss, grad_lse, grad_entropy)
-    _differentiated(reference.softmax_ce, input, options, grads, gradient)
+def _reference_softmax_ce_backward(gradient: Tensor, *arguments: Any) -> None:
+    *grads, _lse, _entropy = arguments[:5]
+    function = partial(reference.softmax_ce, reference.LSE | reference.ENTROPY)
+    _differentiated(function, gradient, tuple(grads), *arguments[5:])
 
 
 def _reference_scale_(gradient: Tensor, scale: Tensor) -> None:

@@ -7,7 +7,7 @@ of reference.py that transforms need, and the op runs on the tensors' device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
 _bce_op = torch.ops.fused_ce._bce.default
 _bce_with_gradient_op = torch.ops.fused_ce._bce_with_gradient.default
 _bce_backward_op = torch.ops.fused_ce._bce_backward.default
+
+# The ops' own, from label_smoothing on.
+_DEFAULTS = (0.0, None, -1.0, 0.0, None, False)
 
 
 def binary_cross_entropy_with_logits(
@@ -415,17 +418,10 @@ def _prepare(
     if sample_weight is not None:
         sample_weight = read_sample_weight(sample_weight, input, input.shape)
     normalizer, denominator = read_normalizer(normalizer, input)
-    options = (
-        form,
-        reduction,
-        dtype,
-        label_smoothing,
-        ignore_index,
-        alpha,
-        gamma,
-        denominator,
-        zero_on_empty,
-    )
+    extras = (label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty)
+    options: tuple[Any, ...] = (form, reduction, dtype)
+    if extras != _DEFAULTS:
+        options += extras
     try:
         tensors = (input, target, weight, pos_weight, sample_weight, normalizer)
         return _apply(tensors, options, inplace)
@@ -482,48 +478,45 @@ class _BCE(torch.autograd.Function):
         options: tuple[Any, ...],
         overwritten: Overwritten | None,
     ) -> Tensor:
+        compiling = torch.compiler.is_compiling()
         gradient = None
-        if ctx.needs_input_grad[0] and options[1] != NONE:
-            gradient = forward_gradient(input, overwritten)
+        if options[1] != NONE and ctx.needs_input_grad[0]:
+            gradient = forward_gradient(input, overwritten, compiling)
         tensors = (target, weight, pos_weight, sample_weight, normalizer)
-        arguments = (input, *tensors, *options)
         loss: Tensor
         if gradient is None:
-            loss = _bce_op(*arguments)
+            loss = _bce_op(input, *tensors, *options)
         else:
-            loss = _bce_with_gradient_op(*arguments, gradient)
+            loss = _bce_with_gradient_op(gradient, input, *tensors, *options)
         ctx.options = options
-        ctx.overwritten = overwritten
-        if torch.compiler.is_compiling():
+        if compiling:
             ctx.save_for_backward(input, *tensors, gradient)
         else:
             ctx.gradient = gradient
-            kept = input if overwritten is None else None
-            ctx.save_for_backward(kept, *tensors)
+            ctx.overwritten = overwritten
+            ctx.save_for_backward(input if overwritten is None else None, *tensors)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, pos_weight, sample_weight, normalizer, *rest = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            gradient = rest[0]
+            *tensors, gradient = ctx.saved_tensors
             if gradient is not None:
                 return (gradient * grad_output, *(None,) * 7)
-            gradient = torch.empty_like(input)
-            tensors = (input, target, weight, pos_weight, sample_weight)
-            _bce_backward_op(grad_output, *tensors, normalizer, *ctx.options, gradient)
+            gradient = torch.empty_like(tensors[0])
+            _bce_backward_op(gradient, grad_output, *tensors, *ctx.options)
             return (gradient, *(None,) * 7)
+        return (*gradients(_BCE, ctx, ctx.saved_tensors, (grad_output,)), None, None, None)
 
-        others = (target, weight, pos_weight, sample_weight)
+    @staticmethod
+    def composed(ctx: Any, *tensors: Any) -> tuple[Tensor]:
+        return (reference.bce(*tensors, *ctx.options),)
 
-        def function(*tensors: Any) -> tuple[Tensor]:
-            return (reference.bce(*(*tensors, normalizer, *ctx.options)),)
-
-        def write(logits: Tensor, gradient: Tensor) -> None:
-            _bce_backward_op(grad_output, logits, *others, normalizer, *ctx.options, gradient)
-
-        found = gradients(ctx, (input, *others), (grad_output,), function, write)
-        return (*found, None, None, None)
+    @staticmethod
+    def write_gradient(
+        ctx: Any, gradient: Tensor, grad_outputs: Sequence[Tensor | None], *tensors: Any
+    ) -> None:
+        _bce_backward_op(gradient, *grad_outputs, *tensors, *ctx.options)
 
 
 # `_BCE.apply` without its layer for functorch's tensors, which `_apply` has sent elsewhere: 1.5 of
@@ -531,14 +524,16 @@ class _BCE(torch.autograd.Function):
 _bce_function: Callable[..., Tensor] = super(torch.autograd.Function, _BCE).apply
 
 
-def _bce_fake(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    reduction, dtype = rest[5], rest[6]
+def _bce_fake(*arguments: Any) -> Tensor:
+    input, reduction, dtype = arguments[0], arguments[7], arguments[8]
     if reduction == NONE:
         return torch.empty_like(input, dtype=dtype)
-    return input.new_empty((), dtype=dtype)
+    return input.new_empty((), dtype=dtype)  # type: ignore[no-any-return]
 
 
 torch.library.register_fake("fused_ce::_bce", _bce_fake)
-torch.library.register_fake("fused_ce::_bce_with_gradient", _bce_fake)
-torch.library.register_fake("fused_ce::_bce_backward", lambda *arguments: None)
+torch.library.register_fake(
+    "fused_ce::_bce_with_gradient", lambda _, *arguments: _bce_fake(*arguments)
+)
+torch.library.register_fake("fused_ce::_bce_backward", lambda *_: None)
 torch.library.register_fake("fused_ce::_scale_", lambda gradient, scale: None)

@@ -61,12 +61,12 @@ def bce(
     form: int,
     reduction: int,
     dtype: torch.dtype,
-    label_smoothing: float,
-    ignore_index: int | None,
-    alpha: float,
-    gamma: float,
-    denominator: float | None,
-    zero_on_empty: bool,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    alpha: float = -1.0,
+    gamma: float = 0.0,
+    denominator: float | None = None,
+    zero_on_empty: bool = False,
 ) -> Tensor:
     """The loss of the op `_bce`; see fused_ce.bce for shapes and meaning."""
     in_double = torch.float64 in (input.dtype, dtype)
@@ -131,6 +131,7 @@ def _of_label(log_p: Tensor, label: Tensor, kept: Tensor, dim: int) -> Tensor:
 
 
 def softmax_ce(
+    outputs: int,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -138,14 +139,13 @@ def softmax_ce(
     normalizer: Tensor | None,
     reduction: int,
     dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-    denominator: float | None,
-    zero_on_empty: bool,
-    outputs: int = 0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    denominator: float | None = None,
+    zero_on_empty: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, lse, entropy, prediction and correctness of the op `_softmax_ce`; see
     fused_ce.softmax_ce for shapes and meaning. What `outputs` does not ask for is empty.

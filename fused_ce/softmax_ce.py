@@ -47,6 +47,9 @@ _softmax_ce_op = torch.ops.fused_ce._softmax_ce.default
 _softmax_ce_with_gradient_op = torch.ops.fused_ce._softmax_ce_with_gradient.default
 _softmax_ce_backward_op = torch.ops.fused_ce._softmax_ce_backward.default
 
+# The ops' own, from ignore_index on.
+_DEFAULTS = (-100, 0.0, 0.0, 1.0, 0.0, None, False)
+
 
 class CrossEntropyStats(NamedTuple):
     """What `cross_entropy(..., stats=...)` returns beside the loss: a tensor for each statistic
@@ -210,9 +213,7 @@ def cross_entropy(
     if softcap is not None and not _FLOAT32.tiny <= softcap <= _FLOAT32.max:
         raise ValueError(f"softcap must be a positive, normal number of float32, not {softcap}")
     outputs = _read_stats(stats, shape) if stats else 0
-    options = (
-        code,
-        dtype,
+    extras = (
         ignore_index,
         label_smoothing,
         softcap or 0.0,
@@ -220,11 +221,13 @@ def cross_entropy(
         z_loss,
         denominator,
         zero_on_empty,
-        outputs,
     )
-    arguments = (input, target, weight, sample_weight, normalizer)
+    options: tuple[Any, ...] = (code, dtype)
+    if extras != _DEFAULTS:
+        options += extras
+    tensors = (input, target, weight, sample_weight, normalizer)
     try:
-        result = _apply(*arguments, options, inplace_backward)
+        result = _apply(tensors, options, outputs, inplace_backward)
     except RuntimeError as error:
         raise_index_error(str(error))
         raise
@@ -348,36 +351,35 @@ def _read_stats(stats: Sequence[str], shape: torch.Size) -> int:
 
 
 def _apply(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     options: tuple[Any, ...],
+    outputs: int,
     inplace: bool,
 ) -> Any:
     """The loss or, with statistics, all that the op returns."""
-    tensors = (input, target, weight, sample_weight, normalizer)
+    input, target, weight, sample_weight, normalizer = tensors
     if transforms_active() or (normalizer is not None and normalizer.requires_grad):
-        return _wanted(reference.softmax_ce(*tensors, *options), options)
+        return _wanted(reference.softmax_ce(outputs, *tensors, *options), outputs)
     others_require_grad = (
         target.requires_grad
         or (weight is not None and weight.requires_grad)
         or (sample_weight is not None and sample_weight.requires_grad)
     )
     if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
-        return _wanted(_softmax_ce_op(*tensors, *options), options)
+        return _wanted(_softmax_ce_op(outputs, *tensors, *options), outputs)
     if torch.compiler.is_compiling():
         if others_require_grad or is_exporting():  # as in bce.py
-            return _wanted(reference.softmax_ce(*tensors, *options), options)
-        return _SoftmaxCE.apply(*tensors, options, None)  # type: ignore[no-untyped-call]
+            return _wanted(reference.softmax_ce(outputs, *tensors, *options), outputs)
+        return _SoftmaxCE.apply(*tensors, options, outputs, None)  # type: ignore[no-untyped-call]
     if inplace and input.requires_grad:
-        return apply_overwriting(lambda o: _softmax_ce_function(*tensors, options, o), input)
-    return _softmax_ce_function(*tensors, options, None)
+        return apply_overwriting(
+            lambda o: _softmax_ce_function(*tensors, options, outputs, o), input
+        )
+    return _softmax_ce_function(*tensors, options, outputs, None)
 
 
-def _wanted(results: tuple[Tensor, ...], options: tuple[Any, ...]) -> Any:
-    return results if options[-1] else results[0]
+def _wanted(results: tuple[Tensor, ...], outputs: int) -> Any:
+    return results if outputs else results[0]
 
 
 class _SoftmaxCE(torch.autograd.Function):
@@ -397,39 +399,34 @@ class _SoftmaxCE(torch.autograd.Function):
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
         options: tuple[Any, ...],
+        outputs: int,
         overwritten: Overwritten | None,
     ) -> Any:
-        *shared, outputs = options
         compiling = torch.compiler.is_compiling()
         needs_gradient = ctx.needs_input_grad[0]
         waits = outputs & (LSE | ENTROPY) and (compiling or overwritten is not None)
         gradient = None
         if needs_gradient and options[0] != NONE and not waits:
-            gradient = forward_gradient(input, overwritten)
-        arguments = (input, target, weight, sample_weight, normalizer, *shared)
+            gradient = forward_gradient(input, overwritten, compiling)
+        tensors = (target, weight, sample_weight, normalizer)
+        computed = outputs
         if gradient is None:
-            computed = outputs | LSE if needs_gradient else outputs
-            results = _softmax_ce_op(*arguments, computed)
+            if needs_gradient:
+                computed |= LSE
+            results = _softmax_ce_op(computed, input, *tensors, *options)
         else:
-            computed = outputs
-            results = _softmax_ce_with_gradient_op(*arguments, computed, gradient)
+            results = _softmax_ce_with_gradient_op(gradient, computed, input, *tensors, *options)
         loss, lse, entropy, prediction, correct = results
         ctx.options = options
-        ctx.overwritten = overwritten
-        saved: list[Tensor | None] = [
-            input if compiling or overwritten is None else None,
-            target,
-            weight,
-            sample_weight,
-            normalizer,
-            lse if computed & LSE else None,
-            entropy if computed & ENTROPY else None,
-        ]
+        ctx.outputs = outputs
+        kept = input if compiling or overwritten is None else None
+        row_terms = (lse if computed & LSE else None, entropy if computed & ENTROPY else None)
         if compiling:
-            saved.append(gradient)
+            ctx.save_for_backward(kept, *tensors, *row_terms, gradient)
         else:
             ctx.gradient = gradient
-        ctx.save_for_backward(*saved)
+            ctx.overwritten = overwritten
+            ctx.save_for_backward(kept, *tensors, *row_terms)
         if not outputs:
             return loss
         ctx.set_materialize_grads(False)
@@ -447,8 +444,7 @@ class _SoftmaxCE(torch.autograd.Function):
         grad_entropy: Tensor | None = None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        input, target, weight, sample_weight, normalizer, lse, entropy, *rest = ctx.saved_tensors
-        *options, outputs = ctx.options
+        outputs = ctx.outputs
         # Dynamo gives results without a derivative an upstream gradient too.
         grads = (
             grad_loss,
@@ -456,41 +452,33 @@ class _SoftmaxCE(torch.autograd.Function):
             grad_entropy if outputs & ENTROPY else None,
         )
         if torch.compiler.is_compiling():
-            gradient = rest[0]
+            *tensors, lse, entropy, gradient = ctx.saved_tensors
             if gradient is not None:
-                return (gradient * grad_loss, *(None,) * 6)
-            gradient = torch.empty_like(input)
-            arguments = (input, target, weight, sample_weight, normalizer, *options)
-            _softmax_ce_backward_op(*grads, *arguments, lse, entropy, gradient)
-            return (gradient, *(None,) * 6)
+                return (gradient * grad_loss, *(None,) * 7)
+            gradient = torch.empty_like(tensors[0])
+            _softmax_ce_backward_op(gradient, *grads, lse, entropy, *tensors, *ctx.options)
+            return (gradient, *(None,) * 7)
+        *tensors, lse, entropy = ctx.saved_tensors
+        found = gradients(_SoftmaxCE, ctx, tensors, grads, (lse, entropy))
+        return (*found, None, None, None)
 
-        others = (target, weight, sample_weight)
+    @staticmethod
+    def composed(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
+        return reference.softmax_ce(ctx.outputs, *tensors, *ctx.options)
 
-        def function(*tensors: Any) -> tuple[Tensor, ...]:
-            return reference.softmax_ce(*(*tensors, normalizer, *ctx.options))
-
-        def write(logits: Tensor, gradient: Tensor) -> None:
-            arguments = (logits, *others, normalizer, *options, lse, entropy, gradient)
-            _softmax_ce_backward_op(*grads, *arguments)
-
-        return (*gradients(ctx, (input, *others), grads, function, write), None, None, None)
+    @staticmethod
+    def write_gradient(
+        ctx: Any, gradient: Tensor, grad_outputs: Sequence[Tensor | None], *tensors: Any
+    ) -> None:
+        _softmax_ce_backward_op(gradient, *grad_outputs, *tensors, *ctx.options)
 
 
 # `_SoftmaxCE.apply` without its layer for functorch's tensors, as in bce.py.
 _softmax_ce_function: Callable[..., Any] = super(torch.autograd.Function, _SoftmaxCE).apply
 
 
-def _softmax_ce_fake(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    reduction: int,
-    dtype: torch.dtype,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    outputs = rest[7]
+def _softmax_ce_fake(outputs: int, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    reduction, dtype = rest[4], rest[5]
     shape = input.shape
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
     real = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32
@@ -505,5 +493,7 @@ def _softmax_ce_fake(
 
 
 torch.library.register_fake("fused_ce::_softmax_ce", _softmax_ce_fake)
-torch.library.register_fake("fused_ce::_softmax_ce_with_gradient", _softmax_ce_fake)
-torch.library.register_fake("fused_ce::_softmax_ce_backward", lambda *arguments: None)
+torch.library.register_fake(
+    "fused_ce::_softmax_ce_with_gradient", lambda _, *arguments: _softmax_ce_fake(*arguments)
+)
+torch.library.register_fake("fused_ce::_softmax_ce_backward", lambda *_: None)

@@ -290,7 +290,7 @@ def test_more_results_than_32_bits_count(device: str) -> None:
         assert [v.item() for v in found.aminmax()] == pytest.approx([others] * 2, rel=2**-8), name
         op = torch.ops.fused_ce._bce_with_gradient
         numbers = (FORMS.index(LOGITS), REDUCTIONS.index("sum"), F32, 0.0, None, ALPHA, GAMMA)
-        total = op(x, t, None, None, None, None, *numbers, None, False, gradient=found)
+        total = op(found, x, t, None, None, None, None, *numbers)
         assert total.item() == pytest.approx(2 * odd + (n - 2) * math.log(2), rel=1e-7)
         odd, others = -1 / (1 + math.exp(3)), 0.5
 
@@ -323,7 +323,7 @@ def test_offsets_beyond_32_bits(form: Form, distance: int, device: str) -> None:
     # The gradient as far apart, in the place of the logits.
     numbers = (FORMS.index(form), REDUCTIONS.index("sum"), BF16, 0.0, None, ALPHA, GAMMA)
     op = torch.ops.fused_ce._bce_with_gradient
-    op(x, t, None, None, sample_weight, None, *numbers, None, False, gradient=x)
+    op(x, x, t, None, None, sample_weight, None, *numbers)
     torch.testing.assert_close(torch.stack([row.cpu() for row in x]), right.gradient)
 
 

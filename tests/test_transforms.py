@@ -628,9 +628,9 @@ def test_opcheck(form: int, reduction: int, device: str) -> None:
     upstream = torch.ones(()).expand(4, 5) if reduction == 0 else torch.ones(())
     torch.library.opcheck(OPS._bce.default, dense)
     if reduction:
-        torch.library.opcheck(OPS._bce_with_gradient.default, (*dense, torch.empty_like(x)))
+        torch.library.opcheck(OPS._bce_with_gradient.default, (torch.empty_like(x), *dense))
     torch.library.opcheck(
-        OPS._bce_backward.default, (upstream.to(device), *dense, torch.empty_like(x))
+        OPS._bce_backward.default, (torch.empty_like(x), upstream.to(device), *dense)
     )
 
 
@@ -645,15 +645,15 @@ def test_opcheck_of_classes(mode: str, reduction: int, outputs: int, device: str
         tensors = (x, t.to(device), torch.rand(5).to(device), torch.rand(rows).to(device))
         numbers = (reduction, torch.float32, -100, 0.1, 30.0, 0.5, 0.01, None, False)
         arguments = (*tensors, None, *numbers)
-        torch.library.opcheck(OPS._softmax_ce.default, (*arguments, outputs))
+        torch.library.opcheck(OPS._softmax_ce.default, (outputs, *arguments))
         if reduction:
             torch.library.opcheck(
-                OPS._softmax_ce_with_gradient.default, (*arguments, outputs, torch.empty_like(x))
+                OPS._softmax_ce_with_gradient.default, (torch.empty_like(x), outputs, *arguments)
             )
         upstream = torch.ones(rows if reduction == 0 else ()).to(device)
         of_rows = torch.rand(rows).to(device) if outputs else None
         lse = torch.logsumexp(30 * torch.tanh(x * 0.5 / 30), 1 if len(shape) > 1 else 0)
-        backward = (upstream, of_rows, of_rows, *arguments, lse, None, torch.empty_like(x))
+        backward = (torch.empty_like(x), upstream, of_rows, of_rows, lse, None, *arguments)
         torch.library.opcheck(OPS._softmax_ce_backward.default, backward)
 
 

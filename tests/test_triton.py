@@ -160,7 +160,7 @@ def check(call: Call, upstream: Tensor | None = None, limit: float | None = None
         assert out.stride() == torch.empty_like(x).stride()
     else:
         written = torch.full_like(x, math.nan)
-        again = ops.bce(*arguments, written)
+        again = ops.bce_with_gradient(written, *arguments)
         assert again is not None
         assert ulps(again.cpu(), loss) <= limit
         assert ulps(written.cpu(), gradient, scale=largest) <= gradient_limit
@@ -170,7 +170,7 @@ def check(call: Call, upstream: Tensor | None = None, limit: float | None = None
     _, gradient = exact(call, upstream)
     largest = gradient.abs().nan_to_num(0, 0, 0).max().item() if gradient.numel() else 0.0
     written = torch.full_like(x, math.nan)
-    ops.bce_backward(on(upstream, DEVICE), *arguments, written)
+    ops.bce_backward(written, on(upstream, DEVICE), *arguments)
     assert ulps(written.cpu(), gradient, scale=largest) <= gradient_limit
 
 
@@ -353,8 +353,8 @@ def test_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
         ),
     )
     gradient = torch.full(shape, 5.0, device=DEVICE)
-    for outputs in ([], [gradient]):
-        loss = ops.bce(*call.arguments(), *outputs)
+    for written in (None, gradient):
+        loss = ops.bce_with_gradient(written, *call.arguments())
         assert loss is not None
         some = why in ("denominator", "normalizer")
         expected = 0.0 if zero_on_empty else math.inf if some else math.nan
@@ -385,10 +385,10 @@ def test_empty() -> None:
     for reduction, expected in ((MEAN, math.nan), (SUM, 0.0)):
         call = Call(torch.zeros(3, 0), torch.zeros(3, 0), reduction=reduction)
         gradient = torch.zeros(3, 0, device=DEVICE)
-        loss = ops.bce(*call.arguments(), gradient)
+        loss = ops.bce_with_gradient(gradient, *call.arguments())
         assert loss is not None
         torch.testing.assert_close(loss.cpu(), torch.tensor(expected), equal_nan=True)
-        ops.bce_backward(torch.ones((), device=DEVICE), *call.arguments(), gradient)
+        ops.bce_backward(gradient, torch.ones((), device=DEVICE), *call.arguments())
     loss = ops.bce(*call._replace(reduction=NONE).arguments())
     assert loss is not None
     assert loss.shape == (3, 0)
@@ -411,7 +411,7 @@ def test_tails(form: int) -> None:
         limit = 2.5 if form == LOGITS else 9.0
         assert ulps(out.cpu(), loss) <= limit
         written = torch.empty_like(x, device=DEVICE)
-        ops.bce_backward(torch.ones_like(x, device=DEVICE), *call.arguments(), written)
+        ops.bce_backward(written, torch.ones_like(x, device=DEVICE), *call.arguments())
         assert ulps(written.cpu(), gradient) <= limit
 
 
@@ -442,7 +442,7 @@ def test_infinite(dtype: torch.dtype, gamma: float) -> None:
     out = ops.bce(*Call(x, t, form=form, reduction=NONE, extras=extras).arguments())
     written = torch.full_like(x, 5.0, device=DEVICE)
     arguments = Call(x, t, form=form, reduction=SUM, extras=extras).arguments()
-    ops.bce_backward(torch.ones((), dtype=dtype, device=DEVICE), *arguments, written)
+    ops.bce_backward(written, torch.ones((), dtype=dtype, device=DEVICE), *arguments)
     assert out is not None
     if form == FOCAL:  # what the power leaves as it is
         same = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
@@ -501,7 +501,7 @@ def test_probabilities_at_and_beyond_the_ends(dtype: torch.dtype) -> None:
         loss[4] = -math.log(p[4].double())  # few bits are left of 1e-42
     torch.testing.assert_close(out.cpu(), loss.to(dtype), rtol=rtol, atol=0, equal_nan=True)
     written = torch.empty_like(p, device=DEVICE)
-    ops.bce_backward(torch.ones((), dtype=dtype, device=DEVICE), *call.arguments(), written)
+    ops.bce_backward(written, torch.ones((), dtype=dtype, device=DEVICE), *call.arguments())
     for got, (*_, expected) in zip(written.cpu(), table, strict=True):
         if expected is not None:
             torch.testing.assert_close(
@@ -516,9 +516,9 @@ def test_gradient_over_the_input(layout: str, dtype: torch.dtype) -> None:
     x, t = LAYOUTS[layout](make_input(LOGITS, IMAGE, dtype)), make_target(IMAGE, dtype)
     arguments = Call(x, t, extras=Extras(ignore_index=0)).arguments()
     apart = torch.empty_like(arguments[0])
-    loss = ops.bce(*arguments, apart)
+    loss = ops.bce_with_gradient(apart, *arguments)
     assert loss is not None
-    over = ops.bce(*arguments, arguments[0])
+    over = ops.bce_with_gradient(arguments[0], *arguments)
     assert over is not None
     assert torch.equal(over, loss)
     assert torch.equal(arguments[0], apart)
@@ -680,11 +680,13 @@ def ce_check(call: CeCall) -> None:
     dim = 1 if leaf.dim() > 1 else 0
     written = torch.full_like(x, math.nan)
     (exact,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
-    gradients = [] if call.reduction == NONE else [written]
     for bits in (0, 15):
-        found = ops_ce.softmax_ce(*arguments, bits, *gradients)
+        if call.reduction == NONE:
+            found = ops_ce.softmax_ce(bits, *arguments)
+        else:
+            found = ops_ce.softmax_ce_with_gradient(written, bits, *arguments)
         close(found[0], loss, arguments[6])
-        if gradients:
+        if call.reduction != NONE:
             close(written, exact, x.dtype, scale=0.0)
             written.fill_(math.nan)
         for bit, output in zip((LSE, ENTROPY, PREDICTION, CORRECT), found[1:], strict=True):
@@ -705,7 +707,7 @@ def ce_check(call: CeCall) -> None:
         given = [g for g in grads if g is not None]
         (exact,) = torch.autograd.grad(outputs, leaf, given, retain_graph=True)
         moved = [None if g is None else g.to(DEVICE) for g in grads]
-        ops_ce.softmax_ce_backward(*moved, *arguments, None, None, written)
+        ops_ce.softmax_ce_backward(written, *moved, None, None, *arguments)
         close(written, exact, x.dtype, scale=0.0)
 
 
@@ -809,8 +811,8 @@ def test_ce_layouts(layout: str) -> None:
 def test_ce_over_the_input(classes: int) -> None:
     arguments = ce_call((5, classes), label_smoothing=0.1).arguments()
     apart = torch.empty_like(arguments[0])
-    loss = ops_ce.softmax_ce(*arguments, 0, apart)[0]
-    assert torch.equal(ops_ce.softmax_ce(*arguments, 0, arguments[0])[0], loss)
+    loss = ops_ce.softmax_ce_with_gradient(apart, 0, *arguments)[0]
+    assert torch.equal(ops_ce.softmax_ce_with_gradient(arguments[0], 0, *arguments)[0], loss)
     assert torch.equal(arguments[0], apart)
 
 
@@ -836,7 +838,7 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x[10, 0], x[10, 2] = inf, nan
     expected = [math.log(classes - 1), inf, nan, nan, 0.0, nan, nan, math.log(classes), 0.0]
     call = CeCall(x, labels, reduction=NONE)
-    loss, lse, entropy, prediction, correct = ops_ce.softmax_ce(*call.arguments(), 15)
+    loss, lse, entropy, prediction, correct = ops_ce.softmax_ce(15, *call.arguments())
     torch.testing.assert_close(loss.cpu(), torch.tensor([*expected, nan, nan]), equal_nan=True)
     torch.testing.assert_close(lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)
     assert entropy[0].item() == pytest.approx(math.log(classes - 1), rel=1e-6)
@@ -845,7 +847,7 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(prediction.cpu(), best)
     assert torch.equal(correct.cpu(), best == labels)
     gradient = torch.full_like(x, 5.0, device=DEVICE)
-    ops_ce.softmax_ce(*call._replace(reduction=SUM).arguments(), 15, gradient)
+    ops_ce.softmax_ce_with_gradient(gradient, 15, *call._replace(reduction=SUM).arguments())
     g = gradient.cpu()
     assert g[0, 1] == 0
     assert g[2].isnan().all()
@@ -856,7 +858,7 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (g[8] == 0).all()
     assert g[9:].isnan().all()
     smoothed = call._replace(label_smoothing=0.1)
-    assert ops_ce.softmax_ce(*smoothed.arguments(), 0)[0][0].item() == inf
+    assert ops_ce.softmax_ce(0, *smoothed.arguments())[0][0].item() == inf
 
 
 @launches
@@ -869,11 +871,13 @@ def test_ce_nan_in_an_ignored_row(
     call = ce_call(shape)
     clean = torch.full_like(call.input, math.nan, device=DEVICE)
     call.target.view(-1)[1] = -100
-    loss = ops_ce.softmax_ce(*call.arguments(), outputs, clean)[0]
+    loss = ops_ce.softmax_ce_with_gradient(clean, outputs, *call.arguments())[0]
     row = (1,) if len(shape) == 2 else (0, slice(None), 1)
     call.input[row] = math.nan
     gradient = torch.full_like(clean, math.nan)
-    assert torch.equal(ops_ce.softmax_ce(*call.arguments(), outputs, gradient)[0], loss)
+    assert torch.equal(
+        ops_ce.softmax_ce_with_gradient(gradient, outputs, *call.arguments())[0], loss
+    )
     assert (gradient[row] == 0).all()
     assert torch.equal(gradient, clean)
 
@@ -892,14 +896,14 @@ def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
     elif why == "weight":
         call = call._replace(weight=torch.zeros(5))
     gradient = torch.full_like(call.input, 5.0, device=DEVICE)
-    loss = ops_ce.softmax_ce(*call.arguments(), 0, gradient)[0].item()
+    loss = ops_ce.softmax_ce_with_gradient(gradient, 0, *call.arguments())[0].item()
     if zero_on_empty:
         assert loss == 0
         assert (gradient == 0).all()
     else:
         assert loss == math.inf if why == "normalizer" else math.isnan(loss)
         assert (gradient == 0).all() if why == "all ignored" else not gradient.isfinite().any()
-    assert ops_ce.softmax_ce(*call._replace(reduction=SUM).arguments(), 0)[0].isfinite().all() or (
+    assert ops_ce.softmax_ce(0, *call._replace(reduction=SUM).arguments())[0].isfinite().all() or (
         why == "all ignored"
     )
 
@@ -909,7 +913,7 @@ def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
 def test_ce_no_classes(reduction: int) -> None:
     """Each loss is a sum of no terms: 0, as torch's."""
     call = CeCall(torch.empty(3, 0), torch.empty(3, 0), reduction=reduction)
-    assert (ops_ce.softmax_ce(*call.arguments(), 0)[0] == 0).all()
+    assert (ops_ce.softmax_ce(0, *call.arguments())[0] == 0).all()
 
 
 @launches
@@ -941,7 +945,7 @@ def test_ce_wide_indices(monkeypatch: pytest.MonkeyPatch) -> None:
 @launches
 def test_ce_same_bits_again() -> None:
     arguments = ce_call((300, 10)).arguments()
-    first, second = (ops_ce.softmax_ce(*arguments, 0)[0] for _ in range(2))
+    first, second = (ops_ce.softmax_ce(0, *arguments)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -1271,7 +1275,7 @@ def test_ce_compiles_with_one_option(option: dict[str, Any]) -> None:
 def test_ce_results_that_are_not_wanted() -> None:
     """They are empty, of the dtypes that compiled code expects."""
     x, t = torch.randn(3, 5), torch.tensor([0, 4, 2])
-    arguments = (x, t, None, None, None, 1, torch.float32, -100, 0.0, 0.0, 1.0, 0.0, None, False, 0)
+    arguments = (0, x, t, None, None, None, 1, torch.float32)
     results = ops_ce.OPS["_softmax_ce"](*arguments)
     native = torch.ops.fused_ce._softmax_ce.default(*arguments)
     assert [(r.dtype, r.shape) for r in results] == [(r.dtype, r.shape) for r in native]

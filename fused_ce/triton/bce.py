@@ -359,6 +359,7 @@ def _grid(numel: int, limit: int) -> tuple[int, int]:
 
 
 def _run(
+    gradient: Tensor | None,
     grad_output: Tensor | None,
     input: Tensor,
     target: Tensor,
@@ -369,13 +370,12 @@ def _run(
     form: int,
     reduction: int,
     dtype: torch.dtype,
-    label_smoothing: float,
-    ignore_index: int | None,
-    alpha: float,
-    gamma: float,
-    denominator: float | None,
-    zero_on_empty: bool,
-    gradient: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    alpha: float = -1.0,
+    gamma: float = 0.0,
+    denominator: float | None = None,
+    zero_on_empty: bool = False,
 ) -> Tensor | None:
     """Fills `gradient`, if given; returns the loss, unless there is a `grad_output`."""
     compute = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32
@@ -443,13 +443,18 @@ def _run(
 
 
 def bce(*arguments: Any) -> Tensor | None:
-    """The ops `_bce` and, with a gradient to fill, `_bce_with_gradient`."""
-    return _run(None, *arguments)
+    """The op `_bce`."""
+    return _run(None, None, *arguments)
 
 
-def bce_backward(grad_output: Tensor, *arguments: Any) -> None:
+def bce_with_gradient(gradient: Tensor, *arguments: Any) -> Tensor | None:
+    """The op `_bce_with_gradient`."""
+    return _run(gradient, None, *arguments)
+
+
+def bce_backward(*arguments: Any) -> None:
     """The op `_bce_backward`."""
-    _run(grad_output, *arguments)
+    _run(*arguments)
 
 
 def scale_(gradient: Tensor, scale: Tensor) -> None:
@@ -472,7 +477,7 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
 
 OPS: dict[str, Callable[..., Any]] = {
     "_bce": bce,
-    "_bce_with_gradient": bce,
+    "_bce_with_gradient": bce_with_gradient,
     "_bce_backward": bce_backward,
     "_scale_": scale_,
 }

@@ -622,7 +622,9 @@ def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, A
 
 
 def _run(
+    gradient: Tensor | None,
     grads: tuple[Tensor | None, ...],
+    outputs: int,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -630,15 +632,13 @@ def _run(
     normalizer: Tensor | None,
     reduction: int,
     dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-    denominator: float | None,
-    zero_on_empty: bool,
-    outputs: int,
-    gradient: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    denominator: float | None = None,
+    zero_on_empty: bool = False,
 ) -> tuple[Tensor, ...]:
     """Fills `gradient`, if given, and returns the results of the ops; or none where there are
     `grads`, of loss, lse and entropy, which backward has."""
@@ -767,23 +767,23 @@ def _run(
 
 
 def softmax_ce(*arguments: Any) -> tuple[Tensor, ...]:
-    """The ops `_softmax_ce` and, with a gradient to fill, `_softmax_ce_with_gradient`."""
-    return _run((), *arguments)
+    """The op `_softmax_ce`."""
+    return _run(None, (), *arguments)
 
 
-def softmax_ce_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-) -> None:
+def softmax_ce_with_gradient(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The op `_softmax_ce_with_gradient`."""
+    return _run(gradient, (), *arguments)
+
+
+def softmax_ce_backward(gradient: Tensor, *arguments: Any) -> None:
     """The op `_softmax_ce_backward`."""
-    *rest, _lse, _entropy, gradient = arguments
-    _run((grad_loss, grad_lse, grad_entropy), *(*rest, 0, gradient))
+    *grads, _lse, _entropy = arguments[:5]
+    _run(gradient, tuple(grads), 0, *arguments[5:])
 
 
 OPS: dict[str, Callable[..., Any]] = {
     "_softmax_ce": softmax_ce,
-    "_softmax_ce_with_gradient": softmax_ce,
+    "_softmax_ce_with_gradient": softmax_ce_with_gradient,
     "_softmax_ce_backward": softmax_ce_backward,
 }
