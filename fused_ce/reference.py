@@ -90,7 +90,11 @@ def bce(
         positive = t if pos_weight is None else pos_weight.to(compute) * t
         loss = _times(negative, x, 1) + _times(positive, x, -1)
     if form == FOCAL:
-        loss = loss * _focal_modulation(x, t, gamma)
+        modulation = _focal_modulation(x, t, gamma)
+        # Where the loss is infinite, the product's derivative would be inf * 0.
+        infinite = loss == torch.inf
+        finite_loss = torch.where(infinite, 0.0, loss)
+        loss = torch.where(infinite, loss * modulation.detach(), finite_loss * modulation)
         if alpha >= 0:
             loss = loss * (alpha * t + (1 - alpha) * negative)
     for factor in (weight, sample_weight):
