@@ -834,7 +834,11 @@ def check_classes(case: ClassCase, device: Any) -> None:
         if name in wanted:
             assert (actual.dtype, actual.shape) == (wanted[name].dtype, wanted[name].shape)
         assert actual.shape == right[name].value.shape
-        assert_close(name, actual, right[name], theirs.get(name), compute, ulps, case.upstream)
+        # Torch adds up a weight's gradient over all rows in one chain of float32 if the logits are
+        # expanded, and then of equal terms.
+        chain = right["lse"].value.numel() / 16 if name == "weight" else 0.0
+        wanted_from = right[name], theirs.get(name), compute, ulps + chain, case.upstream
+        assert_close(name, actual, *wanted_from)
     check_prediction(case, host, stats)
     check_class_oracle(case, host, right, upstream["loss"].double().cpu())
 
