@@ -391,3 +391,8 @@ def is_native(device: str) -> bool:
     """Whether compiled kernels serve the device. Plain PyTorch makes copies that they do not."""
     serving = {(op, where): backend for op, where, backend in backends.table()}
     return serving["_softmax_ce", device] == "native"
+
+
+def can_force_native() -> bool:
+    """Whether all devices that this PyTorch knows have compiled kernels."""
+    return {backend for _, _, backend in backends.table()} == {"native"}
