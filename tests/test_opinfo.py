@@ -145,6 +145,8 @@ def test_higher_derivatives_of_modules(theirs: type[nn.Module]) -> None:
 def test_errors_of_modules() -> None:
     theirs = nn.CrossEntropyLoss
     info = module_info(theirs)
+    if info.module_error_inputs_func is None:
+        pytest.skip("torch 2.10 has none")
     samples = info.module_error_inputs_func(
         info, device="cpu", dtype=torch.float32, requires_grad=False, training=True
     )
