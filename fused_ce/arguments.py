@@ -59,6 +59,12 @@ def read_index(index: Any, argument: str) -> int:
     raise TypeError(f"{argument} must be int, not {type(index).__name__}")
 
 
+def defaults_of(op: Any) -> tuple[Any, ...]:
+    """What an op's options are where a call leaves them out, as csrc/ops.cpp says."""
+    arguments = op._schema.arguments
+    return tuple(a.default_value for a in arguments if a.has_default_value())
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Torch's name of the dtype in messages, such as Float."""
     return torch.empty(0, dtype=dtype).type().rpartition(".")[2].removesuffix("Tensor")

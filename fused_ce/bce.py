@@ -20,6 +20,7 @@ from fused_ce.arguments import (
     HALVES,
     REALS,
     REDUCTIONS,
+    defaults_of,
     dtype_name,
     is_autocast_enabled,
     is_zero_on_empty,
@@ -44,8 +45,7 @@ _bce_op = torch.ops.fused_ce._bce.default
 _bce_with_gradient_op = torch.ops.fused_ce._bce_with_gradient.default
 _bce_backward_op = torch.ops.fused_ce._bce_backward.default
 
-# The ops' own, from label_smoothing on.
-_DEFAULTS = (0.0, None, -1.0, 0.0, None, False)
+_DEFAULTS = defaults_of(_bce_op)  # from label_smoothing on
 
 
 def binary_cross_entropy_with_logits(

@@ -20,6 +20,7 @@ from fused_ce.arguments import (
     HALVES,
     LABELS,
     REALS,
+    defaults_of,
     dtype_name,
     is_autocast_enabled,
     is_zero_on_empty,
@@ -47,8 +48,7 @@ _softmax_ce_op = torch.ops.fused_ce._softmax_ce.default
 _softmax_ce_with_gradient_op = torch.ops.fused_ce._softmax_ce_with_gradient.default
 _softmax_ce_backward_op = torch.ops.fused_ce._softmax_ce_backward.default
 
-# The ops' own, from ignore_index on.
-_DEFAULTS = (-100, 0.0, 0.0, 1.0, 0.0, None, False)
+_DEFAULTS = defaults_of(_softmax_ce_op)  # from ignore_index on
 
 
 class CrossEntropyStats(NamedTuple):

@@ -53,6 +53,7 @@ from cases import (
 from torch import Tensor, nn
 
 import fused_ce
+from fused_ce.arguments import defaults_of
 
 bce_with_logits = LOGITS.ours
 bce = PROBABILITY.ours
@@ -1091,6 +1092,13 @@ def test_reference_backend(form: Form, reduction: str, device: str) -> None:
             assert a.dtype == b.dtype
             assert a.stride() == b.stride()
             torch.testing.assert_close(a, b)
+
+
+def test_defaults_of_the_reference() -> None:
+    """A call that leaves options out must mean the same to it and to the ops."""
+    ops = torch.ops.fused_ce
+    assert fused_ce.reference.bce.__defaults__ == defaults_of(ops._bce.default)
+    assert fused_ce.reference.softmax_ce.__defaults__ == defaults_of(ops._softmax_ce.default)
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])

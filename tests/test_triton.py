@@ -32,6 +32,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from fused_ce.arguments import defaults_of  # noqa: E402
 from fused_ce.triton import bce as ops  # noqa: E402
 from fused_ce.triton import common  # noqa: E402
 from fused_ce.triton import softmax_ce as ops_ce  # noqa: E402
@@ -1269,6 +1270,12 @@ def test_ce_compiles_with_one_option(option: dict[str, Any]) -> None:
         (4, {"UNIT": 16, "SINGLE": False, "ROWS": 1, "BLOCK": 4096, "EDGES": 1024}),
     ):
         compile_for(90, ops_ce._rows, warps, **{**base, **layout, **option})
+
+
+def test_defaults() -> None:
+    """A call that leaves options out must mean the same to the kernels and to the ops."""
+    assert ops._run.__defaults__ == defaults_of(torch.ops.fused_ce._bce.default)
+    assert ops_ce._run.__defaults__ == defaults_of(torch.ops.fused_ce._softmax_ce.default)
 
 
 @launches
