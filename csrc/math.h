@@ -349,29 +349,34 @@ struct LossAndGradient {
 //   loss = positive softplus(-x) + negative softplus(x)
 // With y = |x|, e = exp(-y), s = -1 / (1 + e) and m the coefficient of the wrong side, this is
 // m y + total log1p(e), and the gradient sign(x) (m + total e s): one exponential, no cancellation.
-// m = 0 is selected, so that an infinite logit on the right side costs 0. The gradient comes
-// multiplied by `scale`, which takes over its sign.
 struct BceLogits {
+  // m y. An infinite logit on the right side, where m = 0, costs 0.
   template <class V>
-  struct Parts {
-    V wrong_side;  // m y
-    V e;
-    V gradient;
-  };
-  template <Precision kPrecision, class V>
-  FUSED_CE_HOST_DEVICE static Parts<V> parts(V x, V negative, V positive, V total, V scale) {
-    V y = math::absolute(x);
-    V e = math::exp_negative<kPrecision>(y);
-    V m = x >= 0.0f ? negative : positive;
-    V gradient = math::multiply_add(total, e * math::reciprocal(-1.0f - e), m);
-    return {m == 0.0f ? m : m * y, e, gradient * (x >= 0.0f ? scale : -scale)};
+  FUSED_CE_HOST_DEVICE static V wrong_side(V m, V y) {
+    return m == 0.0f ? m : m * y;
+  }
+  // The gradient, times `scale`, which takes over its sign.
+  template <class V>
+  FUSED_CE_HOST_DEVICE static V gradient(V x, V e, V m, V total, V scale) {
+    return math::multiply_add(total, e * math::reciprocal(-1.0f - e), m) *
+           (x >= 0.0f ? scale : -scale);
   }
   template <Precision kPrecision, class V>
   FUSED_CE_HOST_DEVICE static LossAndGradient<V> evaluate(V x, V negative, V positive, V total,
                                                           V scale) {
-    Parts<V> p = parts<kPrecision>(x, negative, positive, total, scale);
-    return {math::multiply_add(total, math::log1p_unit<kPrecision>(p.e), p.wrong_side), p.gradient};
+    V y = math::absolute(x);
+    V e = math::exp_negative<kPrecision>(y);
+    V m = x >= 0.0f ? negative : positive;
+    return {math::multiply_add(total, math::log1p_unit<kPrecision>(e), wrong_side(m, y)),
+            gradient(x, e, m, total, scale)};
   }
+#if !defined(__CUDACC__)
+  // m y of a plain logit, as max(x, 0) - x t, rounded once; but NaN where wrong_side selects 0.
+  template <class V>
+  FUSED_CE_HOST_DEVICE static V finite_wrong_side(V x, V t) {
+    return math::multiply_add(-x, t, math::Machine<V>::greater(x, V{}));
+  }
+#endif
 };
 
 // log1p(a) + log1p(b) is log1p of this: so one logarithm serves many logits. It is built up from

@@ -393,6 +393,20 @@ def test_nan_goes_through(device: str) -> None:
         assert result.gradient.isnan().tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_nan_of_every_kind_goes_through(dtype: torch.dtype, device: str) -> None:
+    # Rounding to bfloat16 must not carry out of a NaN whose bits are all set.
+    normalizer = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    x, t = (
+        make_input(LOGITS, (700,)).to(dtype),
+        torch.ones(700, dtype=dtype),
+    )  # whole steps and a rest
+    for nan in normalizer.to(device):
+        result = run(bce_with_logits, x, t, device=device, normalizer=nan)
+        assert result.loss.isnan().item()
+        assert result.gradient.isnan().all()
+
+
 def test_same_bits_twice(device: str) -> None:
     x, t = make_input(LOGITS, (3 * 16384 + 5,)), make_target((3 * 16384 + 5,))
     first, *others = [run(bce_with_logits, x, t, device=device) for _ in range(3)]
@@ -1050,6 +1064,32 @@ def test_infinite_logits_on_the_right_side_cost_nothing(device: str) -> None:
     ours = run(bce_with_logits, x, 1 - t, device=device, reduction="none")
     assert ours.loss.tolist() == [math.inf, math.inf]
     assert ours.gradient.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_infinite_logits_among_many(dtype: torch.dtype, device: str) -> None:
+    # 700 elements: whole groups of steps of every loop, and what is left over. An infinite logit on
+    # the right side leaves the sum as if it were not there, on the wrong side it makes it infinite.
+    x, t = make_input(LOGITS, (700,)).to(dtype), (torch.arange(700) % 3 == 0).to(dtype)
+
+    def on_copy(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return bce_with_logits(x.clone(), *arguments, **options)
+
+    finite = run(bce_with_logits, x, t, device=device, reduction="sum")
+    places = torch.tensor([0, 77, 300, 511, 699])
+    right_side = (t[places] * 2 - 1) * math.inf
+    for in_place in (False, True):
+        options: dict[str, Any] = {"reduction": "sum", "inplace_backward": in_place}
+        ours = run(on_copy, x.index_copy(0, places, right_side), t, device=device, **options)
+        rest = torch.ones(700, dtype=torch.bool).index_fill(0, places, False)
+        kept = run(bce_with_logits, x[rest], t[rest], device=device, reduction="sum")
+        torch.testing.assert_close(ours.loss, kept.loss)
+        assert torch.equal(ours.gradient[rest], finite.gradient[rest])
+        assert (ours.gradient[places] == 0).all()
+        ours = run(on_copy, x.index_copy(0, places, -right_side), t, device=device, **options)
+        assert ours.loss.item() == math.inf
+        assert torch.equal(ours.gradient[rest], finite.gradient[rest])
+        assert torch.equal(ours.gradient[places], 1 - 2 * t[places])
 
 
 def test_nan_in_ignored_rows(device: str) -> None:

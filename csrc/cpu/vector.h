@@ -112,11 +112,14 @@ FUSED_CE_HOST_DEVICE V widen(Float16, W bits) {
   word = (bits & 0x7c00u) == 0x7c00u ? word | 0x7f800000u : word;
   return math::bit_cast<V>(word | ((bits & 0x8000u) << 16));
 }
-// Round to nearest, ties to even; a NaN stays one. The result is the upper half of the word.
-template <class W, class V>
+// Round to nearest, ties to even. The result is the upper half of the word. A NaN stays one; what
+// comes of bfloat16 and of invalid operations alone has NaNs of which the lower half is 0, so that
+// rounding does not carry into them, and kAnyNan can be false.
+template <class W, bool kAnyNan = true, class V>
 FUSED_CE_HOST_DEVICE W narrow_in_place(BFloat16, V x) {
-  W word = math::bit_cast<W>(x);
-  return x == x ? word + (0x7fffu + ((word >> 16) & 1u)) : word | 0x400000u;
+  W word = math::bit_cast<W>(x), rounded = word + (0x7fffu + ((word >> 16) & 1u));
+  if constexpr (!kAnyNan) return rounded;
+  return x == x ? rounded : word | 0x400000u;
 }
 template <class W, class V>
 FUSED_CE_HOST_DEVICE W narrow(BFloat16, V x) {
@@ -145,11 +148,26 @@ FUSED_CE_HOST_DEVICE void store(float* p /* [kLanes] */, Floats v) { memcpy(p, &
 // float64 is computed one element at a time.
 FUSED_CE_HOST_DEVICE double load(const double* p /* [1] */) { return *p; }
 FUSED_CE_HOST_DEVICE void store(double* p /* [1] */, double v) { *p = v; }
+// Integers as wider ones: GCC takes a vector of them apart for it.
+FUSED_CE_HOST_DEVICE Ints wide(Halves v) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepu16_epi32(kAll, (__m256i)v);
+#else
+  return __builtin_convertvector(v, Ints);
+#endif
+}
+FUSED_CE_HOST_DEVICE Ints wide(Bytes v) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepu8_epi32(kAll, (__m128i)v);
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, Halves), Ints);
+#endif
+}
 template <class T>
 FUSED_CE_HOST_DEVICE Floats load(const T* p /* [kLanes] */) {
   Halves bits;
   memcpy(&bits, p, sizeof(bits));
-  return widen<Floats>(T{}, __builtin_convertvector(bits, Words));
+  return widen<Floats>(T{}, (Words)wide(bits));
 }
 template <class T>
 FUSED_CE_HOST_DEVICE void store(T* p /* [kLanes] */, Floats v) {
@@ -159,8 +177,7 @@ FUSED_CE_HOST_DEVICE void store(T* p /* [kLanes] */, Floats v) {
 FUSED_CE_HOST_DEVICE Floats load(const uint8_t* p /* [kLanes] */) {
   Bytes bytes;
   memcpy(&bytes, p, sizeof(bytes));
-  Halves halves = __builtin_convertvector(bytes, Halves);
-  return __builtin_convertvector(__builtin_convertvector(halves, Ints), Floats);
+  return __builtin_convertvector(wide(bytes), Floats);
 }
 #if defined(__AVX512F__)
 FUSED_CE_HOST_DEVICE Floats load(const Float16* p /* [kLanes] */) {
@@ -245,15 +262,15 @@ template <>
 FUSED_CE_HOST_DEVICE auto load_two<BFloat16>(const uint8_t* p /* [2 kLanes] */) {
   Halves pairs;
   memcpy(&pairs, p, sizeof(pairs));
-  Ints words = __builtin_convertvector(pairs, Ints);
+  Ints words = wide(pairs);
   return Two<Floats>{__builtin_convertvector(words & 0xff, Floats),
                      __builtin_convertvector(words >> 8, Floats)};
 }
-template <class T, class V>
+template <bool kAnyNan = true, class T, class V>
 FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [2] */, Two<V> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    Words words = narrow_in_place<Words>(T{}, v.first) >> 16 |
-                  (narrow_in_place<Words>(T{}, v.second) & 0xffff0000u);
+    Words words = narrow_in_place<Words, kAnyNan>(T{}, v.first) >> 16 |
+                  (narrow_in_place<Words, kAnyNan>(T{}, v.second) & 0xffff0000u);
     memcpy(p, &words, sizeof(words));
   } else {
     store(p, v.first);
