@@ -474,6 +474,7 @@ struct ClassWise {
   static constexpr bool kMayBuffer = std::is_same_v<T, Real>;
   // A row of which the second pass leaves this much of the second-level cache to the next row.
   static constexpr int64_t kShortRow = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T));
+  static constexpr int kBatch = 32;
 
   struct Buffers {
     alignas(64) T logits[kClassBlock], gradient[kClassBlock];
@@ -486,6 +487,7 @@ struct ClassWise {
   Buffers& buffers;
   const IndexSpace space = class_space(a.classes);
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
+  const bool is_single = is_direct && a.classes <= kClassBlock;
   RowClasses input{a.input}, target{a.target}, weight{a.weight}, gradient{a.gradient};
 
   template <class F>
@@ -545,56 +547,100 @@ struct ClassWise {
     return {nullptr, b, 1};
   }
 
-  void row(int64_t row, int i, RowBuffers<Real>& rows) {
-    input.move_to(a.input, a.rows, row);
-    if (a.has_probabilities) target.move_to(a.target, a.rows, row);
-    const bool keeps = is_direct && a.gradient && a.classes <= kClassBlock && !options.has_entropy;
-    Real* kept = keeps ? buffers.kept : nullptr;
+  // A row on its way through the three passes below.
+  struct Row {
+    int64_t row;
+    int i;       // its place in RowBuffers
+    Real* kept;  // [steps][kStep] or null
+    SoftmaxSums<double> sums;
+    SoftmaxGradient<Real> factors;
+    Real at_label;
+  };
 
+  // Neighbouring rows as far as their exponentials fit into a buffer: the processor goes on to the
+  // next row's logits while one's sums and logarithm keep it waiting.
+  int64_t rows_at_once() const {
+    constexpr int kStep = Computing<Real>::kStep;
+    int64_t fit = kClassBlock / ((a.classes + kStep - 1) / kStep * kStep);
+    return fit < 1 ? 1 : fit < kBatch ? fit : kBatch;
+  }
+  void run(Row* batch, int count, RowBuffers<Real>& rows) {  // [count]
+    constexpr int kStep = Computing<Real>::kStep;
+    const bool keeps = is_single && a.gradient && !options.has_entropy;
+    for (int j = 0; j < count; ++j) {
+      batch[j].kept =
+          keeps ? buffers.kept + j * ((a.classes + kStep - 1) / kStep * kStep) : nullptr;
+      start(batch[j], rows);
+    }
+    for (int j = 0; j < count; ++j) add_up(batch[j], rows);
+    for (int j = 0; j < count; ++j) evaluate(batch[j], rows);
+    for (int j = 0; j < count && a.gradient; ++j) write_gradient(batch[j], rows);
+  }
+
+  void start(Row& row, RowBuffers<Real>& rows) {
+    const int i = row.i;
+    input.move_to(a.input, a.rows, row.row);
     if (rows.label[i] >= 0) rows.label_logit[i] = label_logit(rows.label[i]);
-    SoftmaxSums<double> sums{-INFINITY, 0, 0, 0, 0};
+    row.sums = {-INFINITY, 0, 0, 0, 0};
+    if (is_single) row.sums.reference = block_max(logits(0, a.classes), a.classes);
+  }
+
+  void add_up(Row& row, RowBuffers<Real>& rows) {
+    const int i = row.i;
+    input.move_to(a.input, a.rows, row.row);
+    if (a.has_probabilities) target.move_to(a.target, a.rows, row.row);
+    SoftmaxSums<double>& sums = row.sums;
     // The rounding of lse is that of a whole gradient: it is good enough for half types alone.
     if (a.is_backward && a.lse && a.half_precision && !options.has_coefficients &&
         (!options.has_entropy || a.entropy)) {
       sums.reference = rows.lse[i];
       sums.exponentials = isfinite(rows.lse[i]) ? 1 : NAN;
-      kept = nullptr;
+      row.kept = nullptr;
     } else {
       for_each_block([&](int64_t c, int count) {
         const T* x = logits(c, count);
-        admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
-        block_sums<kTerms, kPrecision>(x, coefficients(c, count), kept, count, sums,
+        if (!is_single) {
+          admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
+        }
+        block_sums<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count, sums,
                                        x + (count > kAhead<T> ? count : kAhead<T>));
       });
     }
     if (options.finds_largest) find_largest(rows, i);
     sums.reference = finite_reference(sums.reference);
-    auto result = SoftmaxRow<double>::evaluate(sums, !a.has_probabilities, rows.label_weight[i],
+  }
+
+  void evaluate(Row& row, RowBuffers<Real>& rows) {
+    const int i = row.i;
+    auto result = SoftmaxRow<double>::evaluate(row.sums, !a.has_probabilities, rows.label_weight[i],
                                                rows.label_logit[i], options.z_loss);
     rows.loss[i] = static_cast<Real>(result.loss);
     rows.lse[i] = static_cast<Real>(result.lse);
     if (a.is_backward && a.entropy) result.entropy = rows.entropy[i];
     rows.entropy[i] = static_cast<Real>(result.entropy);
     if (!a.gradient) return;
-
-    gradient.move_to(a.gradient, a.rows, row);
-    auto exact = SoftmaxGradient<double>::evaluate(sums, result, rows.label_weight[i],
+    auto exact = SoftmaxGradient<double>::evaluate(row.sums, result, rows.label_weight[i],
                                                    options.z_loss, rows.grad_loss[i],
                                                    rows.grad_lse[i], rows.grad_entropy[i]);
-    const SoftmaxGradient<Real> factors{
-        static_cast<Real>(exact.exponential), static_cast<Real>(exact.entropy),
-        static_cast<Real>(exact.coefficient), static_cast<Real>(exact.label)};
-    const Real reference = static_cast<Real>(sums.reference);
-    Real at_label = 0;
+    row.factors = {static_cast<Real>(exact.exponential), static_cast<Real>(exact.entropy),
+                   static_cast<Real>(exact.coefficient), static_cast<Real>(exact.label)};
     if (rows.label[i] >= 0) {
-      at_label = gradient_at(rows.label[i], rows.label_logit[i], reference, factors);
+      row.at_label = gradient_at(rows.label[i], rows.label_logit[i],
+                                 static_cast<Real>(row.sums.reference), row.factors);
     }
+  }
+
+  void write_gradient(const Row& row, const RowBuffers<Real>& rows) {
+    input.move_to(a.input, a.rows, row.row);
+    if (a.has_probabilities) target.move_to(a.target, a.rows, row.row);
+    gradient.move_to(a.gradient, a.rows, row.row);
     for_each_block([&](int64_t c, int count) {
       const T* x = logits(c, count);
       const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
       T* to = is_direct ? static_cast<T*>(gradient.data) + c : buffers.gradient;
-      block_gradient<kTerms, kPrecision>(x, coefficients(c, count), kept, count, reference, factors,
-                                         ahead, to);
+      block_gradient<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count,
+                                         static_cast<Real>(row.sums.reference), row.factors, ahead,
+                                         to);
       if constexpr (kMayBuffer) {
         if (is_direct) return;
         if (options.transforms) {
@@ -603,11 +649,12 @@ struct ClassWise {
         scatter(to, gradient, space, c, count);
       }
     });
-    if (rows.label[i] < 0) return;
+    const int64_t label = rows.label[row.i];
+    if (label < 0) return;
     if (is_direct) {
-      static_cast<T*>(gradient.data)[rows.label[i]] = from_real<T>(at_label);
+      static_cast<T*>(gradient.data)[label] = from_real<T>(row.at_label);
     } else {
-      scatter(&at_label, gradient, space, rows.label[i], 1);
+      scatter(&row.at_label, gradient, space, label, 1);
     }
   }
 
@@ -654,20 +701,27 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
   RowBuffers<Real> rows;
   typename ClassWise<T, kTerms, kPrecision>::Buffers buffers;
   const Options<Real> options(a);
-  ClassWise<T, kTerms, kPrecision> loop{a, options, buffers};
+  using Loop = ClassWise<T, kTerms, kPrecision>;
+  Loop loop{a, options, buffers};
+  typename Loop::Row batch[Loop::kBatch];
+  const int at_once = static_cast<int>(loop.rows_at_once());
   Sum sum;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
     load_rows(a, at, count, scale, rows);
     if (a.is_backward && a.lse) gather(a.lse, a.rows, at, count, rows.lse);
     if (a.is_backward && a.entropy) gather(a.entropy, a.rows, at, count, rows.entropy);
+    int waiting = 0;
     for (int i = 0; i < count; ++i) {
       if (rows.kept[i] != 0 || !skips_ignored(a)) {
-        loop.row(at + i, i, rows);
+        batch[waiting].row = at + i;
+        batch[waiting++].i = i;
+        if (waiting == at_once) loop.run(batch, waiting, rows), waiting = 0;
       } else if (a.gradient) {
         loop.clear(at + i);
       }
     }
+    loop.run(batch, waiting, rows);
     sum.add(finish_rows(a, at, count, rows));
   }
   return sum.total();
@@ -923,25 +977,24 @@ struct RowWise {
         b.sums.put(i, sums);
         continue;
       }
-      V label = load(b.label + i), label_logit = load(rows.label_logit + i);
+      V label = load(b.label + i), label_logit = load(rows.label_logit + i), place{};
       V reference = finite_reference(sums.reference);
       // The terms of a few classes are added up by themselves.
       SoftmaxSums<V> lost{};
       for (int first = 0; first < classes; first += kClassesPerSum) {
         int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
         SoftmaxSums<V> part{};
-        for (int k = first; k < last; ++k) {
+        for (int k = first; k < last; ++k, place += static_cast<Real>(1)) {
           V x = load(at + k * stride);
-          label_logit = label == V{} + static_cast<Real>(k) ? x : label_logit;
+          label_logit = label == place ? x : label_logit;
           V coefficient = smooths ? V{} + b.class_coefficients[k] : V{};
           V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
           if (keeps) store(b.logits + k * stride + i, e);
         }
         sums = sum_of(sums, part, lost);
       }
-      sums = sum_of(sums, lost);
       store(rows.label_logit + i, label_logit);
-      b.sums.put(i, sums);
+      b.sums.put(i, with_lost(sums, lost));
     }
     if (!weighs) return;
     for (int i = 0; i < padded; i += kWidth) b.lost.put(i, SoftmaxSums<V>{});
@@ -950,7 +1003,7 @@ struct RowWise {
       add_weighted(c, first, last, keeps);
     }
     for (int i = 0; i < padded; i += kWidth) {
-      b.sums.put(i, sum_of(b.sums.at(i), b.lost.at(i)));
+      b.sums.put(i, with_lost(b.sums.at(i), b.lost.at(i)));
     }
   }
 
@@ -967,8 +1020,7 @@ struct RowWise {
     SoftmaxSums<V> all = sum_of(sums, part);
     auto rounding = [](V before, V term, V after) __attribute__((always_inline)) {
       V added = after - before;
-      V rest = (before - (after - added)) + (term - added);
-      return rest == rest ? rest : V{};  // of an infinite sum it is NaN
+      return (before - (after - added)) + (term - added);
     };
     if constexpr (kPrecision == Precision::kFull) {
       lost.exponentials += rounding(sums.exponentials, part.exponentials, all.exponentials);
@@ -976,6 +1028,15 @@ struct RowWise {
         lost.coefficients += rounding(sums.coefficients, part.coefficients, all.coefficients);
       }
     }
+    return all;
+  }
+  // Beside an infinite sum what was lost is NaN, and says nothing.
+  static SoftmaxSums<V> with_lost(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& lost) {
+    SoftmaxSums<V> all = sum_of(sums, lost);
+    all.exponentials =
+        lost.exponentials == lost.exponentials ? all.exponentials : sums.exponentials;
+    all.coefficients =
+        lost.coefficients == lost.coefficients ? all.coefficients : sums.coefficients;
     return all;
   }
 
