@@ -363,13 +363,15 @@ FUSED_CE_HOST_DEVICE SoftmaxSums<V> only(const SoftmaxSums<V>& sums, Mask in) {
 }
 
 // The sums are float64: the vectors' own are added to them after a few steps. What lies at `ahead`
-// is what will be read next: memory works while the exponentials are computed.
+// is what will be read next, and at `gradient` what will be written if exponentials are kept:
+// memory works while the exponentials are computed.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,  // [count]
                                           Coefficients<T> coefficients,
                                           Real* kept,  // [steps][kStep] or null
                                           int count, SoftmaxSums<double>& sums,
-                                          const T* ahead) {  // [count]
+                                          const T* ahead,       // [count]
+                                          const T* gradient) {  // [count] or null
   using V = typename Computing<Real>::Vector;
   using Total = typename Computing<Real>::Total;
   constexpr int kStep = Computing<Real>::kStep;
@@ -386,7 +388,10 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
     if constexpr (kWeighted) b = coefficients.two(i);
     Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
              add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
-    if (kept != nullptr) store_two(kept + place, e);
+    if (kept != nullptr) {
+      prefetch_step<true>(gradient + i);
+      store_two(kept + place, e);
+    }
   };
   auto total = [&]() __attribute__((always_inline)) {
     exponentials.add(one.exponentials + other.exponentials);
@@ -438,7 +443,6 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
     Two<V> b{}, below{}, e;
     if constexpr (kWeighted) b = coefficients.two(i);
     if (!kEntropy && kept != nullptr) {
-      prefetch_step<true>(gradient + i + kAhead<T>);
       e = load_two<Real>(kept + place);
     } else {
       prefetch_step(ahead + i);
@@ -472,9 +476,10 @@ template <class T, Terms kTerms, Precision kPrecision>
 struct ClassWise {
   using Real = RealOf<T>;
   static constexpr bool kMayBuffer = std::is_same_v<T, Real>;
+  static constexpr int kStep = Computing<Real>::kStep;
   // A row of which the second pass leaves this much of the second-level cache to the next row.
   static constexpr int64_t kShortRow = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T));
-  static constexpr int kBatch = 32;
+  static constexpr int kMostAtOnce = kClassBlock / static_cast<int>(kManyProbabilities);
 
   struct Buffers {
     alignas(64) T logits[kClassBlock], gradient[kClassBlock];
@@ -488,11 +493,13 @@ struct ClassWise {
   const IndexSpace space = class_space(a.classes);
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
   const bool is_single = is_direct && a.classes <= kClassBlock;
+  // What a row keeps, whole steps, and as many rows as keep no more than a buffer holds.
+  const int64_t kept_classes = (a.classes + kStep - 1) / kStep * kStep;
+  const int64_t at_once = is_single ? kClassBlock / kept_classes : 1;
   RowClasses input{a.input}, target{a.target}, weight{a.weight}, gradient{a.gradient};
 
   template <class F>
   void for_each_block(F f) const {
-    constexpr int kStep = Computing<Real>::kStep;
     for (int64_t c = 0; c < a.classes;) {
       int64_t left = a.classes - c;
       int count = static_cast<int>(left <= kClassBlock          ? left
@@ -557,19 +564,12 @@ struct ClassWise {
     Real at_label;
   };
 
-  // Neighbouring rows as far as their exponentials fit into a buffer: the processor goes on to the
-  // next row's logits while one's sums and logarithm keep it waiting.
-  int64_t rows_at_once() const {
-    constexpr int kStep = Computing<Real>::kStep;
-    int64_t fit = kClassBlock / ((a.classes + kStep - 1) / kStep * kStep);
-    return fit < 1 ? 1 : fit < kBatch ? fit : kBatch;
-  }
+  // Works through some rows together: the processor goes on to the next row's logits while one's
+  // sums and logarithm keep it waiting.
   void run(Row* batch, int count, RowBuffers<Real>& rows) {  // [count]
-    constexpr int kStep = Computing<Real>::kStep;
     const bool keeps = is_single && a.gradient && !options.has_entropy;
     for (int j = 0; j < count; ++j) {
-      batch[j].kept =
-          keeps ? buffers.kept + j * ((a.classes + kStep - 1) / kStep * kStep) : nullptr;
+      batch[j].kept = keeps ? buffers.kept + j * kept_classes : nullptr;
       start(batch[j], rows);
     }
     for (int j = 0; j < count; ++j) add_up(batch[j], rows);
@@ -597,13 +597,17 @@ struct ClassWise {
       sums.exponentials = isfinite(rows.lse[i]) ? 1 : NAN;
       row.kept = nullptr;
     } else {
+      if (row.kept != nullptr) gradient.move_to(a.gradient, a.rows, row.row);
+      const T* to = static_cast<const T*>(gradient.data);
       for_each_block([&](int64_t c, int count) {
         const T* x = logits(c, count);
+        const int64_t next = is_single ? at_once * a.classes : count;
+        const int64_t ahead = next > kAhead<T> ? next : kAhead<T>;
         if (!is_single) {
           admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
         }
-        block_sums<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count, sums,
-                                       x + (count > kAhead<T> ? count : kAhead<T>));
+        block_sums<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count, sums, x + ahead,
+                                       to);
       });
     }
     if (options.finds_largest) find_largest(rows, i);
@@ -703,8 +707,7 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
   const Options<Real> options(a);
   using Loop = ClassWise<T, kTerms, kPrecision>;
   Loop loop{a, options, buffers};
-  typename Loop::Row batch[Loop::kBatch];
-  const int at_once = static_cast<int>(loop.rows_at_once());
+  typename Loop::Row batch[Loop::kMostAtOnce];
   Sum sum;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
@@ -716,7 +719,9 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
       if (rows.kept[i] != 0 || !skips_ignored(a)) {
         batch[waiting].row = at + i;
         batch[waiting++].i = i;
-        if (waiting == at_once) loop.run(batch, waiting, rows), waiting = 0;
+        if (waiting < loop.at_once) continue;
+        loop.run(batch, waiting, rows);
+        waiting = 0;
       } else if (a.gradient) {
         loop.clear(at + i);
       }
