@@ -127,12 +127,16 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
   V products[kChunk / (kGroup * kStep) + kTree];
   int groups = 0;
   for (int begin = 0; begin < block.count; begin += kGroup * kStep) {
-    const T* input = block.input + begin;         // [steps kStep]
-    const Target* target = block.target + begin;  // [steps kStep]
+    const T* input = block.input + begin;                        // [steps kStep]
+    const Target* target = block.target + begin;                 // [steps kStep]
+    T* gradient = kGradient ? block.gradient + begin : nullptr;  // [steps kStep]
     int left = (block.count - begin) / kStep, steps = left < kGroup ? left : kGroup;
     Two<V> e[kGroup];
     V wrong_sides{}, product{};
     for (int i = 0; i < steps; ++i) {
+      prefetch_step(input + i * kStep + kAhead<T>);
+      prefetch_step(target + i * kStep + kAhead<Target>);
+      if (kGradient) prefetch_step<true>(gradient + i * kStep + kAhead<T>);
       auto x = load_two<T>(input + i * kStep);
       auto t = load_two<T>(target + i * kStep);
       e[i] = {math::exp_negative<kPrecision>(math::absolute(x.first)),
@@ -156,10 +160,10 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
       for (int i = 0; i < steps; ++i) {
         auto x = load_two<T>(input + i * kStep);
         auto t = load_two<T>(target + i * kStep);
-        Two<V> gradient{
+        Two<V> value{
             BceLogits::gradient(x.first, e[i].first, m(x.first, t.first), one, factor),
             BceLogits::gradient(x.second, e[i].second, m(x.second, t.second), one, factor)};
-        store_two</*kAnyNan=*/false>(block.gradient + begin + i * kStep, gradient);
+        store_two</*kAnyNan=*/false>(gradient + i * kStep, value);
       }
     }
   }

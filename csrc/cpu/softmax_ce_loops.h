@@ -334,19 +334,6 @@ void prefetch(const T* from, int count) {  // [count]
   for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(from + i);
 }
 
-// Asks for the memory of a step's elements, which need not exist.
-template <bool kWrite = false, class T>
-FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
-  constexpr int kBytes = Computing<RealOf<T>>::kStep * static_cast<int>(sizeof(T));
-  for (int byte = 0; byte < kBytes; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x) + byte, kWrite);
-  }
-}
-// How many elements ahead of a short row's: nearer ones come too late (measured with 1,000
-// classes).
-template <class T>
-constexpr int kAhead = 12288 / static_cast<int>(sizeof(T));
-
 // The places of a step's elements in it, in the order of load_two.
 template <class T>
 FUSED_CE_HOST_DEVICE auto places() {
