@@ -350,15 +350,13 @@ FUSED_CE_HOST_DEVICE SoftmaxSums<V> only(const SoftmaxSums<V>& sums, Mask in) {
 }
 
 // The sums are float64: the vectors' own are added to them after a few steps. What lies at `ahead`
-// is what will be read next, and at `gradient` what will be written if exponentials are kept:
-// memory works while the exponentials are computed.
+// is what will be read next: memory works while the exponentials are computed.
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,  // [count]
                                           Coefficients<T> coefficients,
                                           Real* kept,  // [steps][kStep] or null
                                           int count, SoftmaxSums<double>& sums,
-                                          const T* ahead,       // [count]
-                                          const T* gradient) {  // [count] or null
+                                          const T* ahead) {  // [count]
   using V = typename Computing<Real>::Vector;
   using Total = typename Computing<Real>::Total;
   constexpr int kStep = Computing<Real>::kStep;
@@ -375,10 +373,7 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
     if constexpr (kWeighted) b = coefficients.two(i);
     Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
              add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
-    if (kept != nullptr) {
-      prefetch_step<true>(gradient + i);
-      store_two(kept + place, e);
-    }
+    if (kept != nullptr) store_two(kept + place, e);
   };
   auto total = [&]() __attribute__((always_inline)) {
     exponentials.add(one.exponentials + other.exponentials);
@@ -430,6 +425,7 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
     Two<V> b{}, below{}, e;
     if constexpr (kWeighted) b = coefficients.two(i);
     if (!kEntropy && kept != nullptr) {
+      prefetch_step<true>(gradient + i + kAhead<T>);
       e = load_two<Real>(kept + place);
     } else {
       prefetch_step(ahead + i);
@@ -480,9 +476,11 @@ struct ClassWise {
   const IndexSpace space = class_space(a.classes);
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
   const bool is_single = is_direct && a.classes <= kClassBlock;
-  // What a row keeps, whole steps, and as many rows as keep no more than a buffer holds.
+  // What a row keeps: whole steps. Rows that go together keep no more than a buffer holds; with a
+  // gradient they are fewer, since memory likes to read and write in turn (measured).
   const int64_t kept_classes = (a.classes + kStep - 1) / kStep * kStep;
-  const int64_t at_once = is_single ? kClassBlock / kept_classes : 1;
+  const int64_t fit = (a.gradient ? 4096 / int64_t{sizeof(T)} : kClassBlock) / kept_classes;
+  const int64_t at_once = is_single && fit > 1 ? fit : 1;
   RowClasses input{a.input}, target{a.target}, weight{a.weight}, gradient{a.gradient};
 
   template <class F>
@@ -584,8 +582,6 @@ struct ClassWise {
       sums.exponentials = isfinite(rows.lse[i]) ? 1 : NAN;
       row.kept = nullptr;
     } else {
-      if (row.kept != nullptr) gradient.move_to(a.gradient, a.rows, row.row);
-      const T* to = static_cast<const T*>(gradient.data);
       for_each_block([&](int64_t c, int count) {
         const T* x = logits(c, count);
         const int64_t next = is_single ? at_once * a.classes : count;
@@ -593,8 +589,7 @@ struct ClassWise {
         if (!is_single) {
           admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
         }
-        block_sums<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count, sums, x + ahead,
-                                       to);
+        block_sums<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count, sums, x + ahead);
       });
     }
     if (options.finds_largest) find_largest(rows, i);
