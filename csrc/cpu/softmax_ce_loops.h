@@ -481,6 +481,9 @@ struct ClassWise {
   const int64_t kept_classes = (a.classes + kStep - 1) / kStep * kStep;
   const int64_t fit = (a.gradient ? 4096 / int64_t{sizeof(T)} : kClassBlock) / kept_classes;
   const int64_t at_once = is_single && fit > 1 ? fit : 1;
+  // The rounding of lse is that of a whole gradient: it is good enough for half types alone.
+  const bool has_lse = a.is_backward && a.lse && a.half_precision && !options.has_coefficients &&
+                       (!options.has_entropy || a.entropy);
   RowClasses input{a.input}, target{a.target}, weight{a.weight}, gradient{a.gradient};
 
   template <class F>
@@ -567,7 +570,7 @@ struct ClassWise {
     input.move_to(a.input, a.rows, row.row);
     if (rows.label[i] >= 0) rows.label_logit[i] = label_logit(rows.label[i]);
     row.sums = {-INFINITY, 0, 0, 0, 0};
-    if (is_single) row.sums.reference = block_max(logits(0, a.classes), a.classes);
+    if (is_single && !has_lse) row.sums.reference = block_max(logits(0, a.classes), a.classes);
   }
 
   void add_up(Row& row, RowBuffers<Real>& rows) {
@@ -575,9 +578,7 @@ struct ClassWise {
     input.move_to(a.input, a.rows, row.row);
     if (a.has_probabilities) target.move_to(a.target, a.rows, row.row);
     SoftmaxSums<double>& sums = row.sums;
-    // The rounding of lse is that of a whole gradient: it is good enough for half types alone.
-    if (a.is_backward && a.lse && a.half_precision && !options.has_coefficients &&
-        (!options.has_entropy || a.entropy)) {
+    if (has_lse) {
       sums.reference = rows.lse[i];
       sums.exponentials = isfinite(rows.lse[i]) ? 1 : NAN;
       row.kept = nullptr;
