@@ -395,12 +395,10 @@ def test_nan_goes_through(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_nan_of_every_kind_goes_through(dtype: torch.dtype, device: str) -> None:
-    # Rounding to bfloat16 must not carry out of a NaN whose bits are all set.
+    # Rounding to bfloat16 must not carry out of a NaN whose bits are all set. 700 elements are
+    # whole groups of steps and a rest.
     normalizer = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
-    x, t = (
-        make_input(LOGITS, (700,)).to(dtype),
-        torch.ones(700, dtype=dtype),
-    )  # whole steps and a rest
+    x, t = make_input(LOGITS, (700,)).to(dtype), torch.ones(700, dtype=dtype)
     for nan in normalizer.to(device):
         result = run(bce_with_logits, x, t, device=device, normalizer=nan)
         assert result.loss.isnan().item()

@@ -542,7 +542,7 @@ struct ClassWise {
     return {nullptr, b, 1};
   }
 
-  // A row on its way through the three passes below.
+  // A row on its way through the passes of `run`.
   struct Row {
     int64_t row;
     int i;       // its place in RowBuffers
@@ -565,9 +565,14 @@ struct ClassWise {
     for (int j = 0; j < count && a.gradient; ++j) write_gradient(batch[j], rows);
   }
 
+  void move_to(int64_t row) {
+    input.move_to(a.input, a.rows, row);
+    if (a.has_probabilities) target.move_to(a.target, a.rows, row);
+  }
+
   void start(Row& row, RowBuffers<Real>& rows) {
     const int i = row.i;
-    input.move_to(a.input, a.rows, row.row);
+    move_to(row.row);
     if (rows.label[i] >= 0) rows.label_logit[i] = label_logit(rows.label[i]);
     row.sums = {-INFINITY, 0, 0, 0, 0};
     if (is_single && !has_lse) row.sums.reference = block_max(logits(0, a.classes), a.classes);
@@ -575,8 +580,7 @@ struct ClassWise {
 
   void add_up(Row& row, RowBuffers<Real>& rows) {
     const int i = row.i;
-    input.move_to(a.input, a.rows, row.row);
-    if (a.has_probabilities) target.move_to(a.target, a.rows, row.row);
+    move_to(row.row);
     SoftmaxSums<double>& sums = row.sums;
     if (has_lse) {
       sums.reference = rows.lse[i];
@@ -618,8 +622,7 @@ struct ClassWise {
   }
 
   void write_gradient(const Row& row, const RowBuffers<Real>& rows) {
-    input.move_to(a.input, a.rows, row.row);
-    if (a.has_probabilities) target.move_to(a.target, a.rows, row.row);
+    move_to(row.row);
     gradient.move_to(a.gradient, a.rows, row.row);
     for_each_block([&](int64_t c, int count) {
       const T* x = logits(c, count);
