@@ -3,6 +3,7 @@
 // these.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace fused_ce {
@@ -19,6 +20,24 @@ enum class Dtype : int32_t {
   kInt32,
   kInt64
 };
+
+// Bytes of an element.
+inline size_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+    case Dtype::kInt64:
+      return 8;
+    case Dtype::kFloat32:
+    case Dtype::kInt32:
+      return 4;
+    case Dtype::kFloat16:
+    case Dtype::kBFloat16:
+    case Dtype::kInt16:
+      return 2;
+    default:
+      return 1;
+  }
+}
 
 constexpr int kMaxRank = 64;  // torch's own limit
 

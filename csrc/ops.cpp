@@ -39,6 +39,8 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
       "_softmax_ce_backward(Tensor(a!) gradient, Tensor? grad_loss, Tensor? grad_lse, "
       "Tensor? grad_entropy, Tensor? lse, Tensor? entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
       ") -> ()");
+  // csrc/cpu/memory.cpp
+  m.def("_empty_gradient(Tensor logits) -> Tensor");
   // csrc/{cpu,cuda}/scale.cpp
   m.def("_scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

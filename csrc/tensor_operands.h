@@ -108,10 +108,11 @@ inline Tensor empty_strided(const Tensor& like, ScalarType dtype, int64_t rank,
   return Tensor(handle);
 }
 
-inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
+inline Tensor empty_like(const Tensor& like, ScalarType dtype,
+                         std::optional<torch::stable::Device> device = std::nullopt) {
   using torch::stable::detail::from;
-  StableIValue stack[] = {from(like),         from(std::optional(dtype)), from(std::nullopt),
-                          from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  StableIValue stack[] = {from(like),   from(std::optional(dtype)), from(std::nullopt),
+                          from(device), from(std::nullopt),         from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

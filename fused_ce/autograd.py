@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from fused_ce.arguments import raise_index_error
 
+_empty_gradient_op = torch.ops.fused_ce._empty_gradient.default
 _scale_op = torch.ops.fused_ce._scale_.default
 
 
@@ -113,8 +114,19 @@ def forward_gradient(
     if overwritten is not None:
         return overwritten.logits
     if compiling or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return torch.empty_like(input)
+        return torch.empty_like(input) if compiling else _empty_gradient(input)
     return None
+
+
+def _empty_gradient(logits: Tensor) -> Tensor:
+    """`torch.empty_like`; of a size that the CPU's malloc would give back to the system each time
+    (glibc keeps blocks below 32 MiB), memory that is kept from one call to the next.
+
+    Compiled code takes `torch.empty_like`: Inductor would copy the gradient that an op allocates.
+    """
+    if logits.is_cpu and logits.nbytes >= 1 << 25:
+        return _empty_gradient_op(logits)  # type: ignore[no-any-return]
+    return torch.empty_like(logits)
 
 
 class Differentiated(Protocol):
@@ -184,7 +196,7 @@ def gradients(
         _scale_op(gradient, grad_loss)
     else:
         if gradient is None:
-            gradient = torch.empty_like(logits) if overwritten is None else logits
+            gradient = _empty_gradient(logits) if overwritten is None else logits
         try:
             loss.write_gradient(ctx, gradient, grad_outputs, *results, *tensors)
         except RuntimeError as error:  # what an earlier call has found on CUDA

@@ -536,4 +536,5 @@ torch.library.register_fake(
     "fused_ce::_bce_with_gradient", lambda _, *arguments: _bce_fake(*arguments)
 )
 torch.library.register_fake("fused_ce::_bce_backward", lambda *_: None)
+torch.library.register_fake("fused_ce::_empty_gradient", torch.empty_like)
 torch.library.register_fake("fused_ce::_scale_", lambda gradient, scale: None)
