@@ -28,9 +28,20 @@ struct RowBuffers {
   alignas(64) Real kept[kRowsAtOnce],  // 0 where the row is ignored, else 1
       label_weight[kRowsAtOnce], sample_weight[kRowsAtOnce], grad_loss[kRowsAtOnce],
       grad_lse[kRowsAtOnce], grad_entropy[kRowsAtOnce],
+      upstream[kRowsAtOnce],  // of the row's loss before its sample weight; 0 where it is ignored
       label_logit[kRowsAtOnce], loss[kRowsAtOnce], lse[kRowsAtOnce], entropy[kRowsAtOnce];
   int64_t prediction[kRowsAtOnce];
   int64_t best_target[kRowsAtOnce];
+
+  // For up to `most` rows at once. What is absent is the same for all rows.
+  RowBuffers(const SoftmaxCeArguments& a, int64_t most) {
+    const Real grad_of_loss = a.is_backward ? 0 : 1;
+    for (int i = 0; i < kRowsAtOnce && i < most; ++i) {
+      sample_weight[i] = 1;
+      grad_loss[i] = grad_of_loss;
+      grad_lse[i] = grad_entropy[i] = 0;
+    }
+  }
 };
 
 // The operand's classes of one row as an operand of one dimension.
@@ -80,17 +91,13 @@ void label_weights(const SoftmaxCeArguments& a, const int64_t* labels, int count
 template <class Real>
 void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double scale,
                RowBuffers<Real>& rows) {
-  auto read = [&](const Operand& operand, Real* to, Real absent) {
-    if (operand) {
-      gather(operand, a.rows, begin, count, to);
-    } else {
-      for (int i = 0; i < count; ++i) to[i] = absent;
-    }
+  auto read = [&](const Operand& operand, Real* to) {
+    if (operand) gather(operand, a.rows, begin, count, to);
   };
-  read(a.sample_weight, rows.sample_weight, 1);
-  read(a.grad_loss, rows.grad_loss, a.is_backward ? 0 : 1);
-  read(a.grad_lse, rows.grad_lse, 0);
-  read(a.grad_entropy, rows.grad_entropy, 0);
+  read(a.sample_weight, rows.sample_weight);
+  read(a.grad_loss, rows.grad_loss);
+  read(a.grad_lse, rows.grad_lse);
+  read(a.grad_entropy, rows.grad_entropy);
   rows.ignored = 0;
   if (a.has_probabilities) {
     for (int i = 0; i < count; ++i) {
@@ -118,7 +125,7 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
   const Real factor = static_cast<Real>(scale);
   for (int i = 0; i < count; ++i) {
     Real upstream = rows.grad_loss[i] * rows.sample_weight[i] * factor;
-    rows.grad_loss[i] = rows.kept[i] != 0 ? upstream : 0;
+    rows.upstream[i] = rows.kept[i] != 0 ? upstream : 0;
     rows.label_logit[i] = 0;
   }
 }
@@ -610,9 +617,9 @@ struct ClassWise {
     if (a.is_backward && a.entropy) result.entropy = rows.entropy[i];
     rows.entropy[i] = static_cast<Real>(result.entropy);
     if (!a.gradient) return;
-    auto exact = SoftmaxGradient<double>::evaluate(row.sums, result, rows.label_weight[i],
-                                                   options.z_loss, rows.grad_loss[i],
-                                                   rows.grad_lse[i], rows.grad_entropy[i]);
+    auto exact =
+        SoftmaxGradient<double>::evaluate(row.sums, result, rows.label_weight[i], options.z_loss,
+                                          rows.upstream[i], rows.grad_lse[i], rows.grad_entropy[i]);
     row.factors = {static_cast<Real>(exact.exponential), static_cast<Real>(exact.entropy),
                    static_cast<Real>(exact.coefficient), static_cast<Real>(exact.label)};
     if (rows.label[i] >= 0) {
@@ -688,7 +695,7 @@ struct ClassWise {
 template <class T, Terms kTerms, Precision kPrecision>
 double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
   using Real = RealOf<T>;
-  RowBuffers<Real> rows;
+  RowBuffers<Real> rows(a, end - begin);
   typename ClassWise<T, kTerms, kPrecision>::Buffers buffers;
   const Options<Real> options(a);
   using Loop = ClassWise<T, kTerms, kPrecision>;
@@ -726,18 +733,20 @@ struct RowWise {
   static constexpr int kWidth = Computing<Real>::kStep / 2;
   static constexpr bool kAll = kTerms == Terms::kAll;
 
-  // SoftmaxSums of each row.
+  // SoftmaxSums of each row: without coefficients and entropy, the first two.
   struct Sums {
     alignas(64) Real reference[kRowsAtOnce], exponentials[kRowsAtOnce],
         coefficients[kRowsAtOnce], cost[kRowsAtOnce], entropy[kRowsAtOnce];
 
     SoftmaxSums<V> at(int i) const {
-      return {load(reference + i), load(exponentials + i), load(coefficients + i), load(cost + i),
-              load(entropy + i)};
+      V from = load(reference + i), e = load(exponentials + i);
+      if constexpr (!kAll) return {from, e, V{}, V{}, V{}};
+      return {from, e, load(coefficients + i), load(cost + i), load(entropy + i)};
     }
     void put(int i, const SoftmaxSums<V>& sums) {
       store(reference + i, sums.reference);
       store(exponentials + i, sums.exponentials);
+      if constexpr (!kAll) return;
       store(coefficients + i, sums.coefficients);
       store(cost + i, sums.cost);
       store(entropy + i, sums.entropy);
@@ -982,7 +991,7 @@ struct RowWise {
           V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
           if (keeps) store(b.logits + k * stride + i, e);
         }
-        sums = sum_of(sums, part, lost);
+        sums = sum_of(sums, part, lost, c + first == 0);
       }
       store(rows.label_logit + i, label_logit);
       b.sums.put(i, with_lost(sums, lost));
@@ -1007,13 +1016,13 @@ struct RowWise {
   // The same, where what rounding takes from the sums that the gradient is made of goes to `lost`:
   // over many classes it would be most of the gradient's error.
   static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part,
-                               SoftmaxSums<V>& lost) {
+                               SoftmaxSums<V>& lost, bool is_first) {
     SoftmaxSums<V> all = sum_of(sums, part);
     auto rounding = [](V before, V term, V after) __attribute__((always_inline)) {
       V added = after - before;
       return (before - (after - added)) + (term - added);
     };
-    if constexpr (kPrecision == Precision::kFull) {
+    if (kPrecision == Precision::kFull && !is_first) {
       lost.exponentials += rounding(sums.exponentials, part.exponentials, all.exponentials);
       if constexpr (kAll) {
         lost.coefficients += rounding(sums.coefficients, part.coefficients, all.coefficients);
@@ -1050,7 +1059,7 @@ struct RowWise {
     }
     for (int i = 0; i < padded; i += kWidth) {
       SoftmaxSums<V> lost = b.lost.at(i);
-      b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i), lost));
+      b.sums.put(i, sum_of(b.sums.at(i), b.part.at(i), lost, c + first == 0));
       b.lost.put(i, lost);
     }
   }
@@ -1114,6 +1123,32 @@ struct RowWise {
                   [&](auto type) { turn_out(reinterpret_cast<decltype(type)*>(turned), classes); });
   }
 
+  // From the sums to the results, and to the factors of the gradient. Without extras there is
+  // nothing but the labels' loss.
+  template <bool kExtras>
+  void evaluate() {
+    auto extra = [](const Real* values) { return kExtras ? load(values) : V{}; };
+    const V z_loss = kExtras ? V{} + options.z_loss : V{};
+    for (int i = 0; i < padded; i += kWidth) {
+      SoftmaxSums<V> sums = b.sums.at(i);
+      sums.reference = finite_reference(sums.reference);
+      V label_weight = load(rows.label_weight + i);
+      auto row = SoftmaxRow<V>::evaluate(sums, !a.has_probabilities, label_weight,
+                                         load(rows.label_logit + i), z_loss);
+      store(rows.loss + i, row.loss);
+      store(rows.lse + i, row.lse);
+      store(rows.entropy + i, row.entropy);
+      if (!a.gradient) continue;
+      auto factors =
+          SoftmaxGradient<V>::evaluate(sums, row, label_weight, z_loss, load(rows.upstream + i),
+                                       extra(rows.grad_lse + i), extra(rows.grad_entropy + i));
+      store(b.factor[0] + i, factors.exponential);
+      store(b.factor[1] + i, factors.entropy);
+      store(b.factor[2] + i, factors.coefficient);
+      store(b.factor[3] + i, factors.label);
+    }
+  }
+
   void run(int64_t first_row, int row_count) {
     begin = first_row;
     count = row_count;
@@ -1130,7 +1165,7 @@ struct RowWise {
     }
     for (int i = 0; i < count && options.finds_largest; ++i) b.best[i] = b.best_target[i] = {};
     for (int i = count; i < padded; ++i) {
-      rows.label_weight[i] = rows.label_logit[i] = rows.grad_loss[i] = rows.grad_lse[i] =
+      rows.label_weight[i] = rows.label_logit[i] = rows.upstream[i] = rows.grad_lse[i] =
           rows.grad_entropy[i] = 0;
       rows.label[i] = -1;
     }
@@ -1139,23 +1174,10 @@ struct RowWise {
       fill(c, classes);
       add(c, classes, keeps);
     }
-    const V z_loss = V{} + options.z_loss;
-    for (int i = 0; i < padded; i += kWidth) {
-      SoftmaxSums<V> sums = b.sums.at(i);
-      sums.reference = finite_reference(sums.reference);
-      V label_weight = load(rows.label_weight + i);
-      auto row = SoftmaxRow<V>::evaluate(sums, !a.has_probabilities, label_weight,
-                                         load(rows.label_logit + i), z_loss);
-      store(rows.loss + i, row.loss);
-      store(rows.lse + i, row.lse);
-      store(rows.entropy + i, row.entropy);
-      auto factors =
-          SoftmaxGradient<V>::evaluate(sums, row, label_weight, z_loss, load(rows.grad_loss + i),
-                                       load(rows.grad_lse + i), load(rows.grad_entropy + i));
-      store(b.factor[0] + i, factors.exponential);
-      store(b.factor[1] + i, factors.entropy);
-      store(b.factor[2] + i, factors.coefficient);
-      store(b.factor[3] + i, factors.label);
+    if (kAll || options.z_loss != 0 || a.grad_lse) {
+      evaluate<true>();
+    } else {
+      evaluate<false>();
     }
     for (int i = 0; i < count && options.finds_largest; ++i) {
       rows.prediction[i] = b.best[i].index();
@@ -1173,7 +1195,7 @@ struct RowWise {
 template <class Real, Terms kTerms, Precision kPrecision>
 double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
   using Loop = RowWise<Real, kTerms, kPrecision>;
-  RowBuffers<Real> rows;
+  RowBuffers<Real> rows(a, end - begin);
   typename Loop::Buffers buffers;
   const Options<Real> options(a);
   Loop loop{a, options, buffers, rows};
