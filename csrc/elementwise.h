@@ -3,7 +3,6 @@
 // these.
 #pragma once
 
-#include <stddef.h>
 #include <stdint.h>
 
 namespace fused_ce {
@@ -22,7 +21,7 @@ enum class Dtype : int32_t {
 };
 
 // Bytes of an element.
-inline size_t size_of(Dtype dtype) {
+inline int64_t size_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat64:
     case Dtype::kInt64:

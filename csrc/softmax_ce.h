@@ -48,8 +48,11 @@ struct SoftmaxCeArguments {
   bool sums_weights() const {
     return reduction == Reduction::kMean && !has_probabilities && !has_denominator && !normalizer;
   }
-  // Whether an ignored row must be read all the same.
-  bool has_stats() const { return !is_backward && (lse || entropy || prediction || correct); }
+  // Whether an ignored row's logits matter: to its statistics, or to gradients that come through
+  // these.
+  bool reads_ignored() const {
+    return is_backward ? grad_lse || grad_entropy : lse || entropy || prediction || correct;
+  }
 };
 
 // A mean over labels whose weights add up to 0 is NaN, as torch's is, and with label smoothing too,

@@ -41,7 +41,7 @@ class Classifier:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
         for _ in range(epochs):
             for rows in torch.randperm(len(x)).split(32):
-                loss = loss_fn(self.model(x[rows]).squeeze(1), y[rows].float())
+                loss = loss_fn(self.model(x[rows]).squeeze(1), y[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -42,7 +42,7 @@ def reduction_code(reduction: str, size_average: bool | None, reduce: bool | Non
 
 
 def read_index(index: Any, argument: str) -> int:
-    """What has the value of a 64-bit integer, but is no bool, as torch takes it."""
+    """The index as an int. Torch takes what has the value of a 64-bit integer, but no bool."""
     if isinstance(index, torch.SymInt):
         return index  # type: ignore[return-value]
     if not isinstance(index, bool) and not (

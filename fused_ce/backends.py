@@ -24,6 +24,7 @@ from torch import Tensor
 from fused_ce import _C, reference  # loading _C registers the ops
 from fused_ce.arguments import raise_index_error
 
+# All but _empty_gradient, which is the CPU's alone (fused_ce/autograd.py).
 OPS = (
     "_bce",
     "_bce_with_gradient",

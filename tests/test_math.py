@@ -24,7 +24,7 @@ pybind11 = pytest.importorskip("pybind11")
 
 HERE = Path(__file__).parent
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
-FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "native": ["-march=native"]}
+FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "native": ["-march=native"]}
 
 
 @pytest.fixture(scope="session", params=FLAGS)

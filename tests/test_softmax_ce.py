@@ -99,8 +99,8 @@ def check(
     times as much for float32 and float64. Where torch has no such loss, it is composed of torch's
     operations.
 
-    Terms of both signs cancel in a gradient: it is measured in units at its largest element. And 1
-    is added to what is small in the loss of a row that is nearly right.
+    A gradient's unit is that of its largest element, since terms of both signs cancel. A loss's is
+    at least that of 1, since a row that is nearly right costs next to nothing.
     """
     options = {"reduction": "mean"} | options
     ours = run(cross_entropy, x, t, device=device, upstream=upstream, **options)
@@ -208,7 +208,7 @@ def test_without_gradient(classes: int, dtype: torch.dtype, device: str) -> None
         assert ulps(loss, right, 1.0) <= max(floor, ulps(theirs, right, 1.0))
 
 
-# As wide as the contract promises; a second of float64 on the CPU.
+# Four times the largest vocabulary of the benchmarks; a second of float64 on the CPU.
 def test_million_classes(device: str) -> None:
     x = make_logits((2, 1_000_000), BF16)
     check(x, make_labels(x.shape), device)

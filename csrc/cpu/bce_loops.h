@@ -121,6 +121,7 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
   constexpr int kStep = Computing<Real>::kStep;
   constexpr int kGroup = 8, kTree = 4;  // 2^(2 kGroup kTree) is the largest product
   const V one = V{} + static_cast<Real>(1);
+  // NAN's lower half is 0, as storing without kAnyNan needs; another NaN's may not be.
   const V factor = V{} + (scale == scale ? scale : static_cast<Real>(NAN));
   auto m = [&](V x, V t) __attribute__((always_inline)) { return x >= 0.0f ? one - t : t; };
   typename Computing<Real>::Total sum;

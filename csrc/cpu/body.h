@@ -43,8 +43,8 @@ struct Labels {
 struct CpuBodies {
   const char* name;
   // Loss and gradient of elements begin .. end. Returns the chunk's summed loss; `scale` multiplies
-  // each gradient (and each unreduced loss is stored unscaled). A probability or its target
-  // outside [0, 1] sets its bit in *out_of_range.
+  // each gradient, and no loss. A probability or its target outside [0, 1] sets its bit in
+  // *out_of_range.
   double (*bce_chunk)(const BceArguments& arguments, int64_t begin, int64_t end, double scale,
                       unsigned* out_of_range);
   // How many targets among begin .. end are not ignore_index.
@@ -52,7 +52,7 @@ struct CpuBodies {
   // The labels of rows begin .. end: these must be in range, or ignore_index, for softmax_ce_chunk.
   Labels (*softmax_ce_labels)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end);
   // Loss, statistics and gradient of rows begin .. end. Returns the summed loss; `scale` multiplies
-  // each gradient.
+  // each gradient, and no loss.
   double (*softmax_ce_chunk)(const SoftmaxCeArguments& arguments, int64_t begin, int64_t end,
                              double scale);
   // Multiplies elements begin .. end by `factor`.

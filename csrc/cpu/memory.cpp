@@ -36,7 +36,7 @@ struct Block {
   size_t bytes = 0;
 };
 
-// Nobody waits for the mutex, so that a process forked while it is held goes on without the block.
+// Never waited for: in a process forked while it is held it stays so, and there no block is kept.
 std::mutex mutex;
 Block kept;
 
@@ -56,6 +56,7 @@ void unmap(const Block& block) {
   if (block.data) munmap(block.data, block.bytes);
 }
 
+// Serves from the kept block if that is at most twice as large; a smaller one makes room first.
 Block take(size_t bytes) {
   bytes = (bytes + kHugePage - 1) & ~(kHugePage - 1);
   Block found;
@@ -83,7 +84,7 @@ Tensor empty_gradient(const Tensor& logits) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     Tensor like = empty_like(logits, dtype, torch::headeronly::DeviceType::Meta);
-    Block block = take(static_cast<size_t>(logits.numel()) * size_of(dtype_of(dtype)));
+    Block block = take(static_cast<size_t>(logits.numel() * size_of(dtype_of(dtype))));
     AtenTensorHandle handle;
     if (block.data) {
       STABLE_TORCH_ERROR_CODE_CHECK(

@@ -1,3 +1,4 @@
+// Huge pages, which large buffers need to be fast.
 #pragma once
 
 #include "../elementwise.h"
@@ -18,7 +19,7 @@ inline void use_huge_pages(const Operand& operand, int64_t last) {
 #if defined(__linux__)
   if (last <= 0) return;
   uintptr_t begin = reinterpret_cast<uintptr_t>(operand.data);
-  uintptr_t end = begin + static_cast<uintptr_t>(last + 1) * size_of(operand.dtype);
+  uintptr_t end = begin + static_cast<uintptr_t>((last + 1) * size_of(operand.dtype));
   begin = (begin + kHugePage - 1) & ~(kHugePage - 1);
   end &= ~(kHugePage - 1);
   if (end > begin + kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

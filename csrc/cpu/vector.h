@@ -37,7 +37,7 @@ struct ElementOf<Floats> {
 #if defined(__AVX512F__)
 // The unmasked intrinsics make GCC 12 warn of its own headers (https://gcc.gnu.org/PR105593); with
 // this mask they are the same instructions.
-constexpr __mmask16 kAll = 0xffff;
+constexpr __mmask16 kAllLanes = 0xffff;
 #endif
 
 namespace math {
@@ -47,21 +47,21 @@ struct Machine<Floats> {
   // greater(x, y) is y where either is NaN, at_most NaN where x is.
 #if defined(__AVX512F__)
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
-    return (Floats)_mm512_maskz_min_ps(kAll, _mm512_set1_ps(limit), (__m512)x);
+    return (Floats)_mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(limit), (__m512)x);
   }
   FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) {
-    return (Floats)_mm512_maskz_max_ps(kAll, (__m512)x, (__m512)y);
+    return (Floats)_mm512_maskz_max_ps(kAllLanes, (__m512)x, (__m512)y);
   }
   FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
   }
   // One Newton step on 14 bits: within an ulp of 1 / x where neither is subnormal.
   FUSED_CE_HOST_DEVICE static Floats reciprocal(Floats x) {
-    Floats guess = (Floats)_mm512_maskz_rcp14_ps(kAll, (__m512)x);
+    Floats guess = (Floats)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
     return multiply_add(guess, multiply_add(-x, guess, Floats{} + 1.0f), guess);
   }
   FUSED_CE_HOST_DEVICE static Floats times_power_of_two(Floats x, Floats n) {
-    return (Floats)_mm512_maskz_scalef_ps(kAll, (__m512)x, (__m512)n);
+    return (Floats)_mm512_maskz_scalef_ps(kAllLanes, (__m512)x, (__m512)n);
   }
 #else
 #if defined(__AVX2__)
@@ -112,9 +112,9 @@ FUSED_CE_HOST_DEVICE V widen(Float16, W bits) {
   word = (bits & 0x7c00u) == 0x7c00u ? word | 0x7f800000u : word;
   return math::bit_cast<V>(word | ((bits & 0x8000u) << 16));
 }
-// Round to nearest, ties to even. The result is the upper half of the word. A NaN stays one; what
-// comes of bfloat16 and of invalid operations alone has NaNs of which the lower half is 0, so that
-// rounding does not carry into them, and kAnyNan can be false.
+// Round to nearest, ties to even. The result is the upper half of the word. A NaN stays one.
+// kAnyNan may be false where every NaN has a lower half of 0, as those of bfloat16 and of invalid
+// operations have, since rounding then carries nothing out of it.
 template <class W, bool kAnyNan = true, class V>
 FUSED_CE_HOST_DEVICE W narrow_in_place(BFloat16, V x) {
   W word = math::bit_cast<W>(x), rounded = word + (0x7fffu + ((word >> 16) & 1u));
@@ -151,14 +151,14 @@ FUSED_CE_HOST_DEVICE void store(double* p /* [1] */, double v) { *p = v; }
 // Integers as wider ones: GCC takes a vector of them apart for it.
 FUSED_CE_HOST_DEVICE Ints wide(Halves v) {
 #if defined(__AVX512F__)
-  return (Ints)_mm512_maskz_cvtepu16_epi32(kAll, (__m256i)v);
+  return (Ints)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)v);
 #else
   return __builtin_convertvector(v, Ints);
 #endif
 }
 FUSED_CE_HOST_DEVICE Ints wide(Bytes v) {
 #if defined(__AVX512F__)
-  return (Ints)_mm512_maskz_cvtepu8_epi32(kAll, (__m128i)v);
+  return (Ints)_mm512_maskz_cvtepu8_epi32(kAllLanes, (__m128i)v);
 #else
   return __builtin_convertvector(__builtin_convertvector(v, Halves), Ints);
 #endif
@@ -181,13 +181,13 @@ FUSED_CE_HOST_DEVICE Floats load(const uint8_t* p /* [kLanes] */) {
 }
 #if defined(__AVX512F__)
 FUSED_CE_HOST_DEVICE Floats load(const Float16* p /* [kLanes] */) {
-  return (Floats)_mm512_maskz_cvtph_ps(kAll,
+  return (Floats)_mm512_maskz_cvtph_ps(kAllLanes,
                                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 FUSED_CE_HOST_DEVICE void store(Float16* p /* [kLanes] */, Floats v) {
   _mm256_storeu_si256(
       reinterpret_cast<__m256i*>(p),
-      _mm512_maskz_cvtps_ph(kAll, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      _mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
 FUSED_CE_HOST_DEVICE Floats load(const Float16* p /* [kLanes] */) {
@@ -199,7 +199,7 @@ FUSED_CE_HOST_DEVICE void store(Float16* p /* [kLanes] */, Floats v) {
 }
 #endif
 
-// The same past the caches, for what will not be read soon; p is a multiple of the vector's size.
+// Stores past the caches, for what will not be read soon; p is a multiple of the vector's size.
 // Other threads see it after stream_end().
 #if defined(__AVX512F__)
 FUSED_CE_HOST_DEVICE void stream(float* p /* [kLanes] */, Floats v) {
@@ -278,94 +278,6 @@ FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [2] */, Two<V>
   }
 }
 
-// Which lanes of two vectors one step of `transpose` puts into the first and into the second.
-struct Turns {
-  alignas(64) int32_t first[4][kLanes] = {}, second[4][kLanes] = {};  // [log2(kLanes)][kLanes]
-  constexpr Turns() {
-    for (int step = 0; 1 << step < kLanes; ++step) {
-      for (int j = 0, bit = 1 << step; j < kLanes; ++j) {
-        first[step][j] = j & bit ? kLanes + j - bit : j;
-        second[step][j] = j & bit ? kLanes + j : j + bit;
-      }
-    }
-  }
-};
-
-// Rows to columns: in each step, a bit of an element's row changes places with that of its lane.
-FUSED_CE_HOST_DEVICE void transpose(Floats (&square)[kLanes]) {
-  static constexpr Turns kTurns;
-#pragma GCC unroll 4
-  for (int step = 0; 1 << step < kLanes; ++step) {
-    Ints first, second;
-    memcpy(&first, kTurns.first[step], sizeof(first));
-    memcpy(&second, kTurns.second[step], sizeof(second));
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i >> step & 1) continue;
-      Floats low = square[i], high = square[i + (1 << step)];
-      square[i] = shuffle(low, high, first);
-      square[i + (1 << step)] = shuffle(low, high, second);
-    }
-  }
-}
-
-// kCount vectors are kLanes rows of kCount columns that lie one behind another, or these columns.
-// Which lanes of what has been gathered (the first kLanes) and of vector `from` make up one of
-// them.
-template <int kCount>
-struct FewTurns {
-  alignas(64) int32_t to_columns[kCount][kCount][kLanes] = {};  // [column][from][lane]
-  alignas(64) int32_t to_rows[kCount][kCount][kLanes] = {};     // [vector][from][lane]
-  constexpr FewTurns() {
-    for (int i = 0; i < kCount; ++i) {
-      for (int from = 1; from < kCount; ++from) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          int place = lane * kCount + i;  // of row `lane`'s element of column i
-          to_columns[i][from][lane] = pick(place / kLanes, place % kLanes, from, lane);
-          place = i * kLanes + lane;
-          to_rows[i][from][lane] = pick(place % kCount, place / kCount, from, lane);
-        }
-      }
-    }
-  }
-  static constexpr int32_t pick(int vector, int lane, int from, int own) {
-    return vector == from ? kLanes + lane : from == 1 && vector == 0 ? lane : own;
-  }
-};
-template <int kCount>
-FUSED_CE_HOST_DEVICE void transpose_few(const int32_t (&turns)[kCount][kCount][kLanes],
-                                        Floats (&v)[kCount]) {
-  Floats turned[kCount];
-#pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) {
-    turned[i] = v[0];
-#pragma GCC unroll 4
-    for (int from = 1; from < kCount; ++from) {
-      Ints lanes;
-      memcpy(&lanes, turns[i][from], sizeof(lanes));
-      turned[i] = shuffle(turned[i], v[from], lanes);
-    }
-  }
-  for (int i = 0; i < kCount; ++i) v[i] = turned[i];
-}
-template <int kCount>
-FUSED_CE_HOST_DEVICE void to_columns(Floats (&v)[kCount]) {
-  static constexpr FewTurns<kCount> kTurns;
-  transpose_few(kTurns.to_columns, v);
-}
-template <int kCount>
-FUSED_CE_HOST_DEVICE void to_rows(Floats (&v)[kCount]) {
-  static constexpr FewTurns<kCount> kTurns;
-  transpose_few(kTurns.to_rows, v);
-}
-
-// float64 has a row to a vector.
-FUSED_CE_HOST_DEVICE void transpose(double (&)[1]) {}
-template <int kCount>
-FUSED_CE_HOST_DEVICE void to_columns(double (&)[kCount]) {}
-template <int kCount>
-FUSED_CE_HOST_DEVICE void to_rows(double (&)[kCount]) {}
-
 template <class Real, class T>
 FUSED_CE_HOST_DEVICE Real to_real(T x) {
   if constexpr (sizeof(T) == 2 && __is_class(T)) {
@@ -438,9 +350,7 @@ inline int64_t offset_of(const Operand& operand, const IndexSpace& space, int64_
 
 // The address of an element that lies `offset` elements behind the first.
 inline void* address_of(const Operand& operand, int64_t offset) {
-  int64_t bytes = 0;
-  with_type(operand.dtype, [&](auto type) { bytes = sizeof(type); });
-  return static_cast<char*>(operand.data) + offset * bytes;
+  return static_cast<char*>(operand.data) + offset * size_of(operand.dtype);
 }
 
 // Calls f(pointer to the first element, stride, length, position in the block) for each run of

@@ -30,8 +30,8 @@ struct FlatParams {
   double denominator;  // of the loss
 };
 
-// Of compute capability 7.5 an SM holds four of these blocks with 64 registers a thread, which the
-// compiler would keep to and spill.
+// For compute capability 7.5 the compiler would keep to 64 registers a thread, so that four blocks
+// fit on a multiprocessor, and spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 #define FUSED_CE_FLAT_BOUNDS __launch_bounds__(kThreads, 3)
 #else

@@ -1,3 +1,5 @@
+// What the launchers ask of torch and of the device, and the record of bad input that kernels
+// write.
 #include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

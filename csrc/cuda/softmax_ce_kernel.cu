@@ -1,7 +1,7 @@
-// Softmax cross entropy on CUDA: the first of its two kernels, which finds the mean's denominator,
-// the one that takes everything, and the choice among the second ones. Those for labels and plain
-// options are in softmax_ce_rows.cu (many classes, dense) and softmax_ce_few.cu (few classes, or
-// classes that lie apart). All of them reduce the rows' losses in the block that ends last.
+// Softmax cross entropy on CUDA. `prepare_kernel` goes first and finds the mean's denominator;
+// `general_kernel` takes any call; `plan_softmax_ce` chooses between it and the faster kernels of
+// softmax_ce_rows.cu (dense rows) and softmax_ce_few.cu (few classes, or classes that lie apart).
+// In all of them the block that ends last adds up the losses.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -236,8 +236,6 @@ constexpr int64_t kMostClasses = 1 << 30;  // that an int may count, and add a s
 constexpr int kReservedBytes = 1792;       // of a block's shared memory: static, and the driver's
 constexpr int kMostResident = 8;           // blocks of kThreads that a multiprocessor holds
 
-int size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // Whether a row begins where the one before it ends.
 bool is_packed(const SoftmaxCeArguments& a) {
   if (a.rows.numel == 1) return true;
@@ -280,7 +278,9 @@ int rows_a_thread(const SoftmaxCeArguments& a, const DeviceLimits& device) {
   auto has_pairs = [&](const ClassOperand& operand) {
     if (!operand) return true;
     bool even = operand.strides[0] == 1 && operand.class_stride % 2 == 0 &&
-                reinterpret_cast<uintptr_t>(operand.data) % (2 * size_of(operand.dtype)) == 0;
+                reinterpret_cast<uintptr_t>(operand.data) %
+                        static_cast<uintptr_t>(2 * size_of(operand.dtype)) ==
+                    0;
     for (int d = 1; d < a.rows.rank; ++d) even &= operand.strides[d] % 2 == 0;
     return even;
   };
@@ -338,8 +338,8 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     int groups = kThreads / plan.group;
     int64_t kept = (vectors + plan.cluster - 1) / plan.cluster + (vectors == 0);
     int64_t kept_bytes = kept * operands * groups * 16;
-    // Rows of a warp are always kept, and all of a cluster's. A block's need not be where the sums
-    // alone are wanted, nor can the largest be.
+    // Rows of a warp or a cluster are always kept. A block's need not be where only the sums are
+    // wanted, and cannot be where it is too long.
     bool keeps = plan.kernel == SoftmaxCePlan::kBlock ? kept_bytes <= share(a.gradient ? 1 : 3)
                                                       : plan.kernel >= SoftmaxCePlan::kWarp;
     if (keeps) {
@@ -407,7 +407,7 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
   p.sums_weights = a.sums_weights();
   p.zero_on_empty = a.zero_on_empty;
   p.has_coefficients = a.has_probabilities || a.label_smoothing > 0;
-  p.reads_all = a.has_stats() || (a.is_backward && (a.grad_lse || a.grad_entropy));
+  p.reads_all = a.reads_ignored();
   p.weight_blocks = plan.weight_blocks;
   p.ignore_index = a.ignore_index;
   p.in_double = {1.0 - a.label_smoothing,

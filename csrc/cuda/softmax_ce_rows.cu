@@ -1,4 +1,5 @@
-// Softmax cross entropy of rows whose classes lie dense in memory, read once.
+// Softmax cross entropy of rows whose classes lie dense in memory, read once where they fit on
+// chip.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -125,7 +126,7 @@ __device__ __forceinline__ Group<T, kCount> load_group(const T* from, bool align
   return group;
 }
 
-// What the options make of a few classes of a row at a time.
+// What the options do to some classes of a row.
 template <class T, Terms kTerms>
 struct Options {
   static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
@@ -136,7 +137,7 @@ struct Options {
   const T* weights;        // [classes] or null
   bool target_aligned, weight_aligned;
 
-  // `first_class` is that of a vector of logits.
+  // `first_class` is where this block's vectors begin.
   __device__ __forceinline__ Options(const SoftmaxCeParams& params, int64_t row, int first_class)
       : p(params), probabilities(nullptr), weights(nullptr) {
     if (!kWeighted) return;
@@ -151,7 +152,7 @@ struct Options {
     weight_aligned = is_aligned(weights);
   }
 
-  // Those of a vector of classes from c on.
+  // The probabilities of classes c .. c + kCount.
   __device__ __forceinline__ Group<T, kCount> target_vector(int c) const {
     return load_group<kCount>(probabilities + c, target_aligned);
   }
@@ -169,7 +170,7 @@ struct Options {
     for (int i = 0; i < kN; ++i) b[i] *= to_real<float>(group.values[i]);
   }
 
-  // A logit as it lies to one as the loss sees it.
+  // A stored logit as the loss sees it: scaled and capped.
   __device__ __forceinline__ float value_of(float logit) const {
     const auto& k = p.in_float;
     if (k.softcap == 0) return logit * k.logit_scale;

@@ -44,19 +44,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Rival:
-    function: Callable[[Case, Any], Function]  # of the case and of what was imported
+    function: Callable[[Case, Any], Function] | None  # of the case and of what was imported
     module: str | None = None  # of another package, which needs a GPU
     cases: tuple[str, ...] = ()  # that such a package can do
     unless: str = "has no such option"  # why not the others
 
     def contender(self, case: Case) -> Function:
+        assert self.function is not None
         return self.function(case, self.module and importlib.import_module(self.module))
 
     def missing(self, case: str, dimensions: int, device: str) -> str | None:
         """Why it cannot take part, if it cannot."""
         if self.module is None:
             return None
-        if not self.cases:
+        if self.function is None:
             return self.unless
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
             return "not installed"
@@ -133,10 +134,6 @@ def _flash_attn(case: Case, module: Any) -> Function:
     return module.CrossEntropyLoss(inplace_backward=case.inplace, **smoothing)  # type: ignore[no-any-return]
 
 
-def _no_logits(_: Case, module: Any) -> Function:
-    raise NotImplementedError("cut-cross-entropy takes embeddings and a classifier, not logits")
-
-
 RIVALS = {
     "eager": Rival(_eager),
     "compile": Rival(_compile),
@@ -147,7 +144,7 @@ RIVALS = {
         "always overwrites the logits",
     ),
     "cut-cross-entropy": Rival(
-        _no_logits, "cut_cross_entropy", (), "takes embeddings and a classifier, not logits"
+        None, "cut_cross_entropy", (), "takes embeddings and a classifier, not logits"
     ),
     "quack-kernels": Rival(_quack, "quack.cross_entropy", ("plain", "ignored", "inplace")),
     "flash-attn": Rival(

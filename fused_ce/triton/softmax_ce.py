@@ -9,8 +9,8 @@ mean and sum cost two launches: `_prepare` finds what a mean divides by and sets
 `_rows` leaves a partial sum per program, and the program that draws the last ticket adds them up,
 in the same order whichever it is, so that equal inputs give equal bits.
 
-Backward ignores the saved lse and entropy and finds them again from the logits, which costs no
-memory traffic: exp(l - lse) would lose the digits that l has beyond lse's last place.
+Backward ignores the saved lse and entropy and finds them again from the logits, which the gradient
+reads anyway: exp(l - lse) would lose the digits that l has beyond lse's last place.
 """
 
 # Kernels are typed by Triton, not by annotations, and write compile-time arguments in capitals.
@@ -233,9 +233,9 @@ def _add(tile, sums, classes, end, SPREAD: tl.constexpr, BEST: tl.constexpr, COM
 
 @triton.jit
 def _spread_out(sums):
-    """The same sums, with a thread for each row where there are as many rows. In the layout of the
-    tile Triton would compute what follows in every thread that holds a part of the row; it takes a
-    gather for a change of layout that may not be undone."""
+    """The same sums, one row a thread where there are several. In the tile's layout every thread
+    that holds part of a row would compute what follows; a gather changes the layout in a way that
+    the compiler does not undo."""
     if sums.top.shape[0] == 1:
         return sums
     else:
@@ -398,7 +398,7 @@ def _rows(
     MIXED: tl.constexpr = PROBABILITIES or SMOOTH
     end = tl.full([], classes, CLASS)
     if EDGES == 0:
-        end = end // UNIT * UNIT  # as it is: the compiler learns what divides it
+        end = end // UNIT * UNIT  # changes nothing, but tells the compiler what divides it
     z_loss = tl.full([], z_loss, COMPUTE)
     factor = tl.full([], factor, COMPUTE)
     smooth = (factor, tl.full([], flat, COMPUTE) if SMOOTH else None)

@@ -1,0 +1,442 @@
+// Softmax cross entropy where a vector holds one class of neighbouring rows.
+#pragma once
+
+#include "softmax_ce_row.h"
+#include "transpose.h"
+
+namespace fused_ce {
+namespace {
+
+constexpr int kRowBlock = 16384;   // classes x rows in a buffer
+constexpr int kClassesPerSum = 4;  // terms added up by themselves before they join the sum
+
+template <class Real, Terms kTerms, Precision kPrecision>
+struct RowWise {
+  using V = typename Computing<Real>::Vector;
+  static constexpr int kWidth = Computing<Real>::kStep / 2;
+  static constexpr bool kHasTerms = kTerms == Terms::kAll;
+
+  // SoftmaxSums of each row: without coefficients and entropy, the first two.
+  struct Sums {
+    alignas(64) Real reference[kRowsAtOnce], exponentials[kRowsAtOnce],
+        coefficients[kRowsAtOnce], cost[kRowsAtOnce], entropy[kRowsAtOnce];
+
+    SoftmaxSums<V> at(int i) const {
+      V from = load(reference + i), e = load(exponentials + i);
+      if constexpr (!kHasTerms) return {from, e, V{}, V{}, V{}};
+      return {from, e, load(coefficients + i), load(cost + i), load(entropy + i)};
+    }
+    void put(int i, const SoftmaxSums<V>& sums) {
+      store(reference + i, sums.reference);
+      store(exponentials + i, sums.exponentials);
+      if constexpr (!kHasTerms) return;
+      store(coefficients + i, sums.coefficients);
+      store(cost + i, sums.cost);
+      store(entropy + i, sums.entropy);
+    }
+  };
+
+  // SoftmaxGradient of each row.
+  struct Factors {
+    alignas(64) Real exponential[kRowsAtOnce], entropy[kRowsAtOnce],
+        coefficient[kRowsAtOnce], label[kRowsAtOnce];
+
+    SoftmaxGradient<V> at(int i) const {
+      return {load(exponential + i), load(entropy + i), load(coefficient + i), load(label + i)};
+    }
+    void put(int i, const SoftmaxGradient<V>& factors) {
+      store(exponential + i, factors.exponential);
+      store(entropy + i, factors.entropy);
+      store(coefficient + i, factors.coefficient);
+      store(label + i, factors.label);
+    }
+  };
+
+  struct Buffers {
+    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][stride]
+    alignas(64) Real coefficients[kRowsAtOnce], label[kRowsAtOnce];
+    Real class_coefficients[kRowBlock];  // [classes of a block]: where all rows have the same
+    int32_t place[kRowsAtOnce];
+    Sums sums, part, lost;
+    Factors factors;
+    Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
+  };
+
+  const SoftmaxCeArguments& a;
+  const Options<Real>& options;
+  Buffers& buffers;
+  RowBuffers<Real>& rows;
+  // The rows of the moment, and how many elements of a buffer they take: whole vectors, an odd
+  // number of them, so that the classes of a row do not all compete for one place in the cache.
+  int64_t begin = 0;
+  int count = 0, padded = 0, stride = 0;
+  bool clears_ignored = false;
+  // Whether all rows have the same coefficients, or each has its own (probabilities).
+  const bool smooths = kHasTerms && options.has_coefficients && !a.has_probabilities;
+  const bool weighs = kHasTerms && a.has_probabilities;
+  // A fresh gradient that no cache holds: its memory need not be read before it is written.
+  const bool streams = a.gradient && a.gradient.data != a.input.data &&
+                       bytes_of(a.gradient, a.rows.numel* a.classes) >= int64_t{1} << 26;
+
+  // What is prefetched lies this many classes ahead: fewer than the first-level cache has ways,
+  // since the classes' memory is often a power of two apart.
+  static constexpr int kClassesAhead = 8;
+
+  static Operand class_at(const ClassOperand& operand, int64_t c) {
+    Operand one = operand;
+    one.data = address_of(operand, c * operand.class_stride);
+    return one;
+  }
+  // Calls f with a value of the dtype's C++ type, if that is computed in Real. Returns whether.
+  template <class F>
+  static bool with_own_type(Dtype dtype, F f) {
+    bool is_own = false;
+    with_float_type(dtype, [&](auto type) {
+      if constexpr (std::is_same_v<RealOf<decltype(type)>, Real>) {
+        f(type);
+        is_own = true;
+      }
+    });
+    return is_own;
+  }
+
+  // The first row's value for class c, if the rows lie `stride` apart; else null.
+  char* strided(const ClassOperand& operand, int64_t c, int64_t row_stride) const {
+    if (operand.strides[0] != row_stride) return nullptr;
+    if (a.rows.rank > 1 && begin % a.rows.sizes[0] + count > a.rows.sizes[0]) return nullptr;
+    int64_t offset = offset_of(operand, a.rows, begin) + c * operand.class_stride;
+    return static_cast<char*>(address_of(operand, offset));
+  }
+  // The same if the rows' values for a class lie one behind another.
+  char* dense(const ClassOperand& operand, int64_t c) const { return strided(operand, c, 1); }
+  // The first row's classes, if all rows' classes lie one behind another.
+  char* in_rows(const ClassOperand& operand) const {
+    bool wanted =
+        a.classes > 1 && operand.class_stride == 1 && with_own_type(operand.dtype, [](auto) {});
+    return wanted ? strided(operand, 0, a.classes) : nullptr;
+  }
+  void fill(int64_t c, int classes) {
+    const char* from = dense(a.input, c);
+    const char* turned = classes == a.classes ? in_rows(a.input) : nullptr;
+    if (turned != nullptr) {
+      with_own_type(a.input.dtype, [&](auto type) {
+        rows_to_columns(reinterpret_cast<const decltype(type)*>(turned), count, classes,
+                        buffers.logits, stride);
+      });
+    } else if (from == nullptr) {
+      for (int k = 0; k < classes; ++k) {
+        gather(class_at(a.input, c + k), a.rows, begin, count, buffers.logits + k * stride);
+      }
+    } else {
+      with_float_type(a.input.dtype, [&](auto type) {
+        using T = decltype(type);
+        const T* run = reinterpret_cast<const T*>(from);
+        for (int k = 0; k < classes; ++k, run += a.input.class_stride) {
+          if (k + kClassesAhead < classes) {
+            prefetch(run + kClassesAhead * a.input.class_stride, count);
+          }
+          load_run(run, count, buffers.logits + k * stride);
+        }
+      });
+    }
+    for (int k = 0; k < classes; ++k) {
+      Real* to = buffers.logits + k * stride;
+      for (int i = count; i < padded; ++i) to[i] = 0;
+      if (options.transforms) options.transform(to, buffers.slope + k * stride, padded);
+    }
+    const auto most = static_cast<uint64_t>(classes);
+    for (int i = 0; i < padded; ++i) {
+      int64_t k = rows.label[i] - c;
+      buffers.place[i] = static_cast<uint64_t>(k) < most ? static_cast<int32_t>(k) : -1;
+    }
+    for (int i = 0; i < padded; ++i) buffers.label[i] = static_cast<Real>(buffers.place[i]);
+    if (!smooths) return;
+    for (int k = 0; k < classes; ++k) {
+      buffers.class_coefficients[k] = options.share * class_weight<Real>(a, c + k);
+    }
+  }
+  void fill_coefficients(int64_t c) {
+    Real weight = class_weight<Real>(a, c);
+    Real* to = buffers.coefficients;
+    gather(class_at(a.target, c), a.rows, begin, count, to);
+    if (options.finds_largest) {
+      for (int i = 0; i < count; ++i) buffers.best_target[i].offer(to[i], c);
+    }
+    for (int i = 0; i < count; ++i) {
+      to[i] = math::multiply_add(to[i], options.keep, options.share) * weight;
+    }
+    for (int i = count; i < padded; ++i) to[i] = 0;
+  }
+
+  // Adds up a block of classes. With `keeps` the exponentials take the logits' place.
+  void add(int64_t c, int classes, bool keeps) {
+    if (options.finds_largest) {
+      for (int k = 0; k < classes; ++k) {
+        for (int i = 0; i < count; ++i)
+          buffers.best[i].offer(buffers.logits[k * stride + i], c + k);
+      }
+    }
+    const bool entropy = kHasTerms && options.has_entropy;
+    // The next rows' first classes, while memory has nothing else to do.
+    const char* next = dense(a.input, 0);
+    const int64_t apart = bytes_of(a.input, a.input.class_stride), each = bytes_of(a.input, 1);
+    const int ahead = next == nullptr             ? 0
+                      : a.classes < kClassesAhead ? static_cast<int>(a.classes)
+                                                  : kClassesAhead;
+    for (int i = 0; i < padded; i += kWidth) {
+      for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
+      const Real* at = buffers.logits + i;
+      const V low = V{} - static_cast<Real>(INFINITY);
+      V top = math::Machine<V>::greater(load(at), low);
+      for (int k = 1; k < classes; ++k) top = math::Machine<V>::greater(load(at + k * stride), top);
+      SoftmaxSums<V> sums{top, V{}, V{}, V{}, V{}};
+      if (c > 0) {
+        sums = buffers.sums.at(i);
+        admit(sums, top, smooths || weighs, entropy);
+      }
+      if (weighs) {
+        buffers.sums.put(i, sums);
+        continue;
+      }
+      V label = load(buffers.label + i), label_logit = load(rows.label_logit + i), place{};
+      V reference = finite_reference(sums.reference);
+      // The terms of a few classes are added up by themselves.
+      SoftmaxSums<V> lost{};
+      for (int first = 0; first < classes; first += kClassesPerSum) {
+        int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+        SoftmaxSums<V> part{};
+        for (int k = first; k < last; ++k, place += static_cast<Real>(1)) {
+          V x = load(at + k * stride);
+          label_logit = label == place ? x : label_logit;
+          V coefficient = smooths ? V{} + buffers.class_coefficients[k] : V{};
+          V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
+          if (keeps) store(buffers.logits + k * stride + i, e);
+        }
+        sums = sum_of(sums, part, lost, c + first == 0);
+      }
+      store(rows.label_logit + i, label_logit);
+      buffers.sums.put(i, with_lost(sums, lost));
+    }
+    if (!weighs) return;
+    for (int i = 0; i < padded; i += kWidth) buffers.lost.put(i, SoftmaxSums<V>{});
+    for (int first = 0; first < classes; first += kClassesPerSum) {
+      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+      add_weighted(c, first, last, keeps);
+    }
+    for (int i = 0; i < padded; i += kWidth) {
+      buffers.sums.put(i, with_lost(buffers.sums.at(i), buffers.lost.at(i)));
+    }
+  }
+
+  static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part) {
+    return {sums.reference, sums.exponentials + part.exponentials,
+            sums.coefficients + part.coefficients, sums.cost + part.cost,
+            sums.entropy + part.entropy};
+  }
+
+  // The same, where what rounding takes from the sums that the gradient is made of goes to `lost`:
+  // over many classes it would be most of the gradient's error.
+  static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part,
+                               SoftmaxSums<V>& lost, bool is_first) {
+    SoftmaxSums<V> all = sum_of(sums, part);
+    auto rounding = [](V before, V term, V after) __attribute__((always_inline)) {
+      V added = after - before;
+      return (before - (after - added)) + (term - added);
+    };
+    if (kPrecision == Precision::kFull && !is_first) {
+      lost.exponentials += rounding(sums.exponentials, part.exponentials, all.exponentials);
+      if constexpr (kHasTerms) {
+        lost.coefficients += rounding(sums.coefficients, part.coefficients, all.coefficients);
+      }
+    }
+    return all;
+  }
+  // Beside an infinite sum what was lost is NaN, and says nothing.
+  static SoftmaxSums<V> with_lost(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& lost) {
+    SoftmaxSums<V> all = sum_of(sums, lost);
+    all.exponentials =
+        lost.exponentials == lost.exponentials ? all.exponentials : sums.exponentials;
+    all.coefficients =
+        lost.coefficients == lost.coefficients ? all.coefficients : sums.coefficients;
+    return all;
+  }
+
+  // Classes c + first .. c + last, whose coefficients are read one class at a time.
+  void add_weighted(int64_t c, int first, int last, bool keeps) {
+    for (int i = 0; i < padded; i += kWidth) buffers.part.put(i, SoftmaxSums<V>{});
+    for (int k = first; k < last; ++k) {
+      fill_coefficients(c + k);
+      for (int i = 0; i < padded; i += kWidth) {
+        SoftmaxSums<V> part = buffers.part.at(i);
+        Real* at = buffers.logits + k * stride + i;
+        V x = load(at), label_logit = load(rows.label_logit + i);
+        label_logit = load(buffers.label + i) == V{} + static_cast<Real>(k) ? x : label_logit;
+        store(rows.label_logit + i, label_logit);
+        V e = add_logit<kPrecision>(part, finite_reference(load(buffers.sums.reference + i)), x,
+                                    load(buffers.coefficients + i), true, options.has_entropy);
+        if (keeps) store(at, e);
+        buffers.part.put(i, part);
+      }
+    }
+    for (int i = 0; i < padded; i += kWidth) {
+      SoftmaxSums<V> lost = buffers.lost.at(i);
+      buffers.sums.put(i, sum_of(buffers.sums.at(i), buffers.part.at(i), lost, c + first == 0));
+      buffers.lost.put(i, lost);
+    }
+  }
+
+  // The gradient of class c + k, the block's k-th: calls put(i, values) for each vector of rows.
+  template <class Put>
+  void class_gradient(int k, bool has_exponentials, Put put) {
+    const bool entropy = kHasTerms && options.has_entropy && !has_exponentials;
+    const V place = V{} + static_cast<Real>(k);
+    const V same = smooths ? V{} + buffers.class_coefficients[k] : V{};
+    for (int i = 0; i < padded; i += kWidth) {
+      SoftmaxGradient<V> factors = buffers.factors.at(i);
+      V coefficient = weighs ? load(buffers.coefficients + i) : same;
+      V below{}, e = load(buffers.logits + k * stride + i);
+      if (!has_exponentials) {
+        below = finite_reference(load(buffers.sums.reference + i)) - e;
+        e = math::exp_negative<kPrecision>(below);
+      }
+      V gradient = gradient_of(factors, e, below, coefficient, smooths || weighs, entropy);
+      gradient = load(buffers.label + i) == place ? gradient - factors.label : gradient;
+      if (options.transforms) gradient *= load(buffers.slope + k * stride + i);
+      if (clears_ignored) gradient = load(rows.is_kept + i) == 0.0f ? V{} : gradient;
+      put(i, gradient);
+    }
+  }
+
+  // Puts the gradient of class c + k at `to`, where its rows are neighbours.
+  template <class T>
+  void put_gradient(int k, bool has_exponentials, T* to) {  // [count]
+    class_gradient(k, has_exponentials, [&](int i, V gradient) {
+      if (i + kWidth > count) {
+        Real* values = buffers.logits + k * stride + i;
+        store(values, gradient);
+        return store_run(values, count - i, to + i);
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (streams && reinterpret_cast<uintptr_t>(to + i) % sizeof(V) == 0) {
+          return stream(to + i, gradient);
+        }
+      }
+      store(to + i, gradient);
+    });
+  }
+
+  void write_gradient(int64_t c, int classes, bool has_exponentials) {
+    char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr;
+    for (int k = 0; k < classes; ++k) {
+      if (weighs) fill_coefficients(c + k);
+      Real* values = buffers.logits + k * stride;
+      char* to = dense(a.gradient, c + k);
+      bool written = to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
+                       put_gradient(k, has_exponentials, reinterpret_cast<decltype(type)*>(to));
+                     });
+      if (written) continue;
+      class_gradient(k, has_exponentials, [&](int i, V gradient) { store(values + i, gradient); });
+      if (turned == nullptr) scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+    }
+    if (turned == nullptr) return;
+    with_own_type(a.gradient.dtype, [&](auto type) {
+      columns_to_rows(buffers.logits, stride, count, classes,
+                      reinterpret_cast<decltype(type)*>(turned));
+    });
+  }
+
+  // From the sums to the results, and to the factors of the gradient. Without extras there is
+  // nothing but the labels' loss.
+  template <bool kExtras>
+  void evaluate() {
+    auto extra = [](const Real* values) { return kExtras ? load(values) : V{}; };
+    const V z_loss = kExtras ? V{} + options.z_loss : V{};
+    for (int i = 0; i < padded; i += kWidth) {
+      SoftmaxSums<V> sums = buffers.sums.at(i);
+      sums.reference = finite_reference(sums.reference);
+      V label_weight = load(rows.label_weight + i);
+      auto row = SoftmaxRow<V>::evaluate(sums, !a.has_probabilities, label_weight,
+                                         load(rows.label_logit + i), z_loss);
+      store(rows.loss + i, row.loss);
+      store(rows.lse + i, row.lse);
+      store(rows.entropy + i, row.entropy);
+      if (!a.gradient) continue;
+      buffers.factors.put(
+          i, SoftmaxGradient<V>::evaluate(sums, row, label_weight, z_loss, load(rows.upstream + i),
+                                          extra(rows.grad_lse + i), extra(rows.grad_entropy + i)));
+    }
+  }
+
+  void run(int64_t first_row, int row_count) {
+    begin = first_row;
+    count = row_count;
+    int vectors = (count + kWidth - 1) / kWidth;
+    padded = vectors * kWidth;
+    stride = (vectors | 1) * kWidth;
+    int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
+    bool single = a.classes <= block;
+    bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
+    clears_ignored = rows.ignored > 0 && !a.reads_ignored();
+    // Of no classes there is no first block, which sets the sums.
+    if (a.classes == 0) {
+      for (int i = 0; i < padded; i += kWidth) {
+        buffers.sums.put(i, {V{} - static_cast<Real>(INFINITY), V{}, V{}, V{}, V{}});
+      }
+    }
+    if (options.finds_largest) {
+      for (int i = 0; i < count; ++i) buffers.best[i] = buffers.best_target[i] = {};
+    }
+    for (int i = count; i < padded; ++i) {
+      rows.label_weight[i] = rows.label_logit[i] = rows.upstream[i] = rows.grad_lse[i] =
+          rows.grad_entropy[i] = 0;
+      rows.label[i] = -1;
+    }
+    for (int64_t c = 0; c < a.classes; c += block) {
+      int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
+      fill(c, classes);
+      add(c, classes, keeps);
+    }
+    if (kHasTerms || options.z_loss != 0 || a.grad_lse) {
+      evaluate<true>();
+    } else {
+      evaluate<false>();
+    }
+    if (options.finds_largest) {
+      for (int i = 0; i < count; ++i) {
+        rows.prediction[i] = buffers.best[i].index();
+        rows.best_target[i] = buffers.best_target[i].index();
+      }
+    }
+    if (!a.gradient) return;
+    for (int64_t c = 0; c < a.classes; c += block) {
+      int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
+      if (!single) fill(c, classes);
+      write_gradient(c, classes, keeps);
+    }
+  }
+};
+
+template <class Real, Terms kTerms, Precision kPrecision>
+double row_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
+  using Loop = RowWise<Real, kTerms, kPrecision>;
+  RowBuffers<Real> rows(a, end - begin);
+  typename Loop::Buffers buffers;
+  const Options<Real> options(a);
+  Loop loop{a, options, buffers, rows};
+  // As many rows as fit into the buffer with all their classes, but whole vectors of them.
+  int64_t vectors = a.classes > 0 ? kRowBlock / a.classes / Loop::kWidth - 1 : kRowsAtOnce;
+  int64_t step = vectors * Loop::kWidth;
+  step = step > kRowsAtOnce ? kRowsAtOnce : step < 4 * Loop::kWidth ? 4 * Loop::kWidth : step;
+  Sum sum;
+  for (int64_t at = begin; at < end; at += step) {
+    int count = static_cast<int>(end - at < step ? end - at : step);
+    load_rows(a, at, count, scale, rows);
+    loop.run(at, count);
+    sum.add(finish_rows(a, at, count, rows));
+  }
+  if (loop.streams) stream_end();
+  return sum.total();
+}
+
+}  // namespace
+}  // namespace fused_ce
