@@ -51,8 +51,11 @@ struct SoftmaxCeArguments {
   // Whether an ignored row's logits matter: to its statistics, or to gradients that come through
   // these.
   bool reads_ignored() const {
-    return is_backward ? grad_lse || grad_entropy : lse || entropy || prediction || correct;
+    return is_backward ? has_ignored_gradient() : lse || entropy || prediction || correct;
   }
+  // Whether an ignored row has a gradient: that of its statistics. Else it is zero, whatever the
+  // row holds.
+  bool has_ignored_gradient() const { return grad_lse || grad_entropy; }
 };
 
 // A mean over labels whose weights add up to 0 is NaN, as torch's is, and with label smoothing too,

@@ -357,6 +357,7 @@ struct ClassWise {
   }
 
   void write_gradient(const Row& row) {
+    if (rows.is_kept[row.i] == 0 && !a.has_ignored_gradient()) return clear(row.row);
     move_to(row.row);
     gradient.move_to(a.gradient, a.rows, row.row);
     for_each_block([&](int64_t c, int count) {
@@ -415,7 +416,7 @@ struct ClassWise {
 
   void clear(int64_t row) {
     gradient.move_to(a.gradient, a.rows, row);
-    Real* zeros = buffers.kept;
+    Real* zeros = buffers.slope;
     for (int k = 0; k < kClassBlock && k < a.classes; ++k) zeros[k] = 0;
     for_each_block([&](int64_t c, int count) { scatter(zeros, gradient, space, c, count); });
   }

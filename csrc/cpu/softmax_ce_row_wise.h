@@ -376,7 +376,7 @@ struct RowWise {
     int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
     bool single = a.classes <= block;
     bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
-    clears_ignored = rows.ignored > 0 && !a.reads_ignored();
+    clears_ignored = rows.ignored > 0 && !a.has_ignored_gradient();
     // Of no classes there is no first block, which sets the sums.
     if (a.classes == 0) {
       for (int i = 0; i < padded; i += kWidth) {
