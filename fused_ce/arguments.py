@@ -41,6 +41,14 @@ def reduction_code(reduction: str, size_average: bool | None, reduce: bool | Non
         return torch_reduction.get_enum(reduction)
 
 
+def refuse_gradient(option: Any, name: str) -> None:
+    """TypeError for an option, a number, that is a tensor and expects a gradient."""
+    if isinstance(option, Tensor) and option.requires_grad:
+        raise TypeError(
+            f"{name} must be a number: as a tensor that requires grad it would get none"
+        )
+
+
 def read_index(index: Any, argument: str) -> int:
     """The index as an int. Torch takes what has the value of a 64-bit integer, but no bool."""
     if isinstance(index, torch.SymInt):

@@ -124,7 +124,7 @@ def _empty_gradient(logits: Tensor) -> Tensor:
 
     Compiled code takes `torch.empty_like`: Inductor would copy the gradient that an op allocates.
     """
-    if logits.is_cpu and logits.nbytes >= 1 << 25:
+    if logits.is_cpu and logits.numel() * logits.element_size() >= 1 << 25:
         return _empty_gradient_op(logits)  # type: ignore[no-any-return]
     return torch.empty_like(logits)
 
@@ -144,7 +144,15 @@ class Differentiated(Protocol):
         """Computes the gradient of the logits into `gradient`."""
 
 
-def gradients(
+def gradients(*arguments: Any) -> Sequence[Tensor | None]:
+    """`_gradients`. Compiled autograd, where the forward pass was not compiled, calls it instead of
+    tracing it."""
+    if torch.compiler.is_compiling():
+        return _untraced_gradients(*arguments)  # type: ignore[no-any-return]
+    return _gradients(*arguments)
+
+
+def _gradients(
     loss: type[Differentiated],
     ctx: Any,
     tensors: Sequence[Tensor | None],
@@ -206,6 +214,9 @@ def gradients(
         overwritten.logits = None  # else the loss would keep that memory
     found[0] = gradient
     return found
+
+
+_untraced_gradients = torch.compiler.disable(_gradients)
 
 
 def _composed(

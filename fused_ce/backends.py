@@ -249,4 +249,4 @@ def build_info() -> dict[str, str]:
     }
 
 
-set_backend(os.environ.get("FUSED_CE_BACKEND"))
+set_backend(os.environ.get("FUSED_CE_BACKEND") or None)

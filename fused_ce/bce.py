@@ -30,6 +30,7 @@ from fused_ce.arguments import (
     read_normalizer,
     read_sample_weight,
     reduction_code,
+    refuse_gradient,
 )
 from fused_ce.autograd import (
     Overwritten,
@@ -308,6 +309,8 @@ def sigmoid_focal_loss(
             inplace_backward=inplace_backward,
         )
         return overridden
+    refuse_gradient(alpha, "alpha")
+    refuse_gradient(gamma, "gamma")
     if not 0 <= alpha <= 1 and alpha != -1:
         raise ValueError(
             f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore."
@@ -405,6 +408,8 @@ def _prepare(
         )
     if target.device != input.device:
         target = on_device(target, input)
+    if type(label_smoothing) is not float:
+        refuse_gradient(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     zero_on_empty = is_zero_on_empty(on_empty)
@@ -488,6 +493,7 @@ class _BCE(torch.autograd.Function):
             loss = _bce_op(input, *tensors, *options)
         else:
             loss = _bce_with_gradient_op(gradient, input, *tensors, *options)
+        ctx.compiled = compiling
         ctx.options = options
         if compiling:
             ctx.save_for_backward(input, *tensors, gradient)
@@ -499,7 +505,7 @@ class _BCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.compiler.is_compiling():
+        if ctx.compiled:
             *tensors, gradient = ctx.saved_tensors
             if gradient is not None:
                 return (gradient * grad_output, *(None,) * 7)

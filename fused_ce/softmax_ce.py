@@ -30,6 +30,7 @@ from fused_ce.arguments import (
     read_normalizer,
     read_sample_weight,
     reduction_code,
+    refuse_gradient,
 )
 from fused_ce.autograd import (
     Overwritten,
@@ -171,6 +172,10 @@ def cross_entropy(
         )
     if type(label_smoothing) is not float:
         label_smoothing = _read_smoothing(label_smoothing)
+    if type(logit_scale) is not float or type(z_loss) is not float or softcap is not None:
+        refuse_gradient(logit_scale, "logit_scale")
+        refuse_gradient(z_loss, "z_loss")
+        refuse_gradient(softcap, "softcap")
     shape, dtype = input.shape, input.dtype
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
     # The lengths first: sizes may be symbols.
@@ -246,7 +251,8 @@ def _type_error(name: str, position: int, expected: str, found: Any) -> TypeErro
 
 
 def _read_smoothing(smoothing: Any) -> float:
-    if not isinstance(smoothing, str):  # float() would parse it
+    is_leaf = isinstance(smoothing, Tensor) and smoothing.requires_grad
+    if not isinstance(smoothing, str) and not is_leaf:  # float() would take them
         try:
             return float(smoothing)
         except TypeError:
@@ -417,6 +423,7 @@ class _SoftmaxCE(torch.autograd.Function):
         else:
             results = _softmax_ce_with_gradient_op(gradient, computed, input, *tensors, *options)
         loss, lse, entropy, prediction, correct = results
+        ctx.compiled = compiling
         ctx.options = options
         ctx.outputs = outputs
         kept = input if compiling or overwritten is None else None
@@ -451,7 +458,7 @@ class _SoftmaxCE(torch.autograd.Function):
             grad_lse if outputs & LSE else None,
             grad_entropy if outputs & ENTROPY else None,
         )
-        if torch.compiler.is_compiling():
+        if ctx.compiled:
             *tensors, lse, entropy, gradient = ctx.saved_tensors
             if gradient is not None:
                 return (gradient * grad_loss, *(None,) * 7)

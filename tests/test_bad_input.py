@@ -49,6 +49,7 @@ each_mode = pytest.mark.parametrize("form", [*FORMS, SOFTMAX, CLASSES], ids=form
 X = torch.rand(4, 5)
 T = torch.tensor([0, 1, 2, 3])  # labels of X
 IMAGES, MASKS = torch.rand(2, 3, 4, 5), torch.ones(2, 4, 5, dtype=torch.int64)
+LEAF = torch.tensor(0.5, requires_grad=True)
 COMPLEX = torch.complex64
 with warnings.catch_warnings():  # torch calls the one deprecated and the other a beta
     warnings.simplefilter("ignore")
@@ -185,6 +186,7 @@ SAME_MESSAGE = {
     ),
     "smoothing text": (SOFTMAX, X, T, {"label_smoothing": "a"}),
     "smoothing None": (SOFTMAX, X, T, {"label_smoothing": None}),
+    "smoothing that requires grad": (SOFTMAX, X, T, {"label_smoothing": LEAF}),
     "smoothing complex": (SOFTMAX, X, T, {"label_smoothing": 1j}),
     "unknown reduction of labels": (SOFTMAX, X, T, {"reduction": "foo"}),
     "reduction of labels a list": (SOFTMAX, X, T, {"reduction": []}),
@@ -314,6 +316,18 @@ OWN = {
         "must be int, not Tensor",
     ),
     "ignore_index past 64 bits": (LOGITS, {"ignore_index": 2**63}, ValueError, "^Overflow when"),
+    # Whose gradient would be lost.
+    "label_smoothing that requires grad": (
+        LOGITS,
+        {"label_smoothing": LEAF},
+        TypeError,
+        "label_smoothing must be a number",
+    ),
+    "alpha that requires grad": (FOCAL, {"alpha": LEAF}, TypeError, "alpha must be a number"),
+    "gamma that requires grad": (FOCAL, {"gamma": LEAF}, TypeError, "gamma must be a number"),
+    "softcap that requires grad": (SOFTMAX, {"softcap": LEAF}, TypeError, "softcap must be a"),
+    "logit_scale that requires grad": (SOFTMAX, {"logit_scale": LEAF}, TypeError, "logit_scale"),
+    "z_loss that requires grad": (SOFTMAX, {"z_loss": LEAF}, TypeError, "z_loss must be a number"),
     "sample_weight a number": (LOGITS, {"sample_weight": 2.0}, TypeError, "must be Tensor"),
     "sample_weight of columns": (LOGITS, {"sample_weight": torch.rand(5)}, ValueError, "leading"),
     "sample_weight of more dimensions": (
@@ -1123,14 +1137,16 @@ def test_backend_is_restored_after_an_error() -> None:
     assert fused_ce.backends.table() == before
 
 
-def test_environment_variable() -> None:
+@pytest.mark.parametrize(("name", "error"), [("cudnn", "unknown backend 'cudnn'"), ("", "")])
+def test_environment_variable(name: str, error: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import fused_ce"],
-        env=os.environ | {"FUSED_CE_BACKEND": "cudnn"},
+        env=os.environ | {"FUSED_CE_BACKEND": name},
         capture_output=True,
         text=True,
     )
-    assert "ValueError: unknown backend 'cudnn'" in done.stderr
+    assert error in done.stderr
+    assert bool(error) == bool(done.returncode)
 
 
 def test_backends_agree(device: str) -> None:

@@ -69,8 +69,8 @@ def written(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("bench")
     files = [f"--{kind}={folder / kind}.{kind}" for kind in ("csv", "json")]
-    # 1Mi is large enough for the peak memory to be read.
-    cases = ["--case", "plain,inplace", "--size", "16x24,1Mi", "--threads", "1"]
+    # 1Mi is large enough for the peak memory to be read, and 8Mi for a gradient's to be kept.
+    cases = ["--case", "plain,inplace", "--size", "16x24,1Mi,8Mi", "--threads", "1"]
     plot = f"--plot={folder / 'plot.png'}"
     done = run_python("-m", "fused_ce", "bench", "bce", *cases, *QUICK, *files, plot)
     assert done.returncode == 0, done.stderr
@@ -94,8 +94,8 @@ def test_bench_prints_a_line_for_every_row(written):
 def test_bench_writes_csv(written):
     with (written[1] / "csv.csv").open(newline="") as file:
         records = list(csv.DictReader(file))
-    # plain: two sizes and two passes; inplace: backward only. Each with ours and eager.
-    assert len(records) == (2 * 2 + 2) * 2
+    # plain: three sizes and two passes; inplace: backward only. Each with ours and eager.
+    assert len(records) == (3 * 2 + 3) * 2
     assert {r["contender"] for r in records} == {"fused_ce", "eager"}
     for r in records:
         for column in ("ms", "ms_quartile_1", "ms_quartile_3", "repeats", "ratio", "gb_per_s"):
@@ -105,7 +105,7 @@ def test_bench_writes_csv(written):
         assert (r["gradient_error"] == "") == (r["pass"] == "forward")
         assert r["accurate"] == "True"
         # Every byte once: logits and target, and the gradient.
-        elements = 16 * 24 if r["size"] == "16x24" else 2**20
+        elements = {"16x24": 16 * 24, "1Mi": 2**20, "8Mi": 2**23}[r["size"]]
         count = 2 if r["pass"] == "forward" else 3
         moved = float(r["gb_per_s"]) * float(r["ms"]) * 1e6
         assert moved == pytest.approx(4 * count * elements)
@@ -122,12 +122,13 @@ def test_bench_writes_json_with_the_circumstances(written):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from /proc")
-def test_bench_reads_the_peak_memory(written):
+@pytest.mark.parametrize("size", ["1Mi", "8Mi"])
+def test_bench_reads_the_peak_memory(written, size):
     found = json.loads((written[1] / "json.json").read_text())
     peaks = {
         (r["case"], r["pass"], r["contender"]): r["peak_logits"]
         for r in found["rows"]
-        if r["size"] == "1Mi"
+        if r["size"] == size
     }
     # Eager keeps two buffers of the logits' size, we the gradient alone, in place not even that.
     assert peaks["plain", "both", "eager"] == pytest.approx(2, abs=0.2)

@@ -27,6 +27,7 @@ from cases import (
 )
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fused_ce
@@ -585,6 +586,49 @@ def test_compile_of_grad(device: str) -> None:
     x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
     compiled = torch.compile(torch.func.grad(bce_with_logits), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, t), torch.func.grad(bce_with_logits)(x, t))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"reduction": "none", "normalizer": torch.tensor(3.0)},
+        {"inplace_backward": True},
+    ],
+    ids=str,
+)
+@each_loss
+def test_compiled_autograd_after_an_eager_forward(
+    form: Form, options: dict[str, Any], device: str
+) -> None:
+    """Backward is compiled though forward was not, and has saved what it saves when eager."""
+    if form is PROBABILITY and "inplace_backward" in options:
+        pytest.skip("binary_cross_entropy has no such option")
+    x, t = make_input(form, (4, 5)).to(device), make_target((4, 5)).to(device)
+    if form is SOFTMAX:
+        t = t.softmax(1)
+    found = []
+    for backward in (torch.Tensor.backward, torch.compile(torch.Tensor.backward, backend="eager")):
+        leaf = x.clone().requires_grad_()
+        loss = form.ours(leaf * 1, t, **{"reduction": "mean"} | options).sum()
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            backward(loss)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
+@each_loss
+def test_trace_with_symbolic_sizes(form: Form) -> None:
+    """On the CPU, where the size decides where a gradient lies."""
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        return torch.autograd.grad(form.ours(x, t, reduction="mean"), x)[0]
+
+    x, t = make_input(form, (4, 5)).requires_grad_(), make_target((4, 5))
+    t = t.softmax(1) if form is SOFTMAX else t
+    traced = make_fx(gradient, tracing_mode="symbolic")(x, t)
+    torch.testing.assert_close(traced(x, t), gradient(x, t))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
