@@ -36,7 +36,7 @@ struct Want {
 
 // Losses are added up in float64: a few in the vector's own type first.
 template <class W, class T, class Target, class Real>
-double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
+double evaluate_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
   using V = typename Computing<Real>::Vector;
   constexpr int kStep = Computing<Real>::kStep;
   constexpr int kStepsPerSum = 4;
@@ -66,10 +66,9 @@ double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Rea
       return value;
     }
   };
-  auto others = [&](const Real* p, int at, Two<V> absent)
-                    __attribute__((always_inline)) {  // [count] or null
-                      return p != nullptr ? load_two<T>(p + at) : absent;
-                    };
+  auto others =
+      [&](const Real* p /* [count] or null */, int at, Two<V> absent)
+          __attribute__((always_inline)) { return p != nullptr ? load_two<T>(p + at) : absent; };
   for (int at = 0; at < block.count;) {
     int last = at + kStepsPerSum * kStep;
     if (last > block.count) last = block.count;
@@ -178,7 +177,7 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
 }
 
 template <BceForm kForm, Precision kPrecision, class T, class Target, class Real>
-double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
+double run_form(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
   bool options = block.negative != nullptr || block.positive != nullptr ||
                  block.weight != nullptr || block.upstream != nullptr;
   if (kForm == BceForm::kLogits && a.loss && block.loss == nullptr && !options) {
@@ -186,8 +185,9 @@ double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Rea
                       : sum_block<kPrecision, false>(block, scale);
   }
   auto run = [&]<bool kLoss, bool kGradient> {
-    return options ? run_block<Want<kForm, kPrecision, kLoss, kGradient, true>>(block, a, scale)
-                   : run_block<Want<kForm, kPrecision, kLoss, kGradient, false>>(block, a, scale);
+    return options
+               ? evaluate_block<Want<kForm, kPrecision, kLoss, kGradient, true>>(block, a, scale)
+               : evaluate_block<Want<kForm, kPrecision, kLoss, kGradient, false>>(block, a, scale);
   };
   if (!a.gradient) return run.template operator()<true, false>();
   if (!a.loss) return run.template operator()<false, true>();
@@ -198,13 +198,13 @@ template <Precision kPrecision, class T, class Target, class Real>
 double run_block(const Block<T, Target, Real>& block, const BceArguments& a, Real scale) {
   if constexpr (std::is_same_v<T, Real> && std::is_same_v<Target, Real>) {
     if (a.form == BceForm::kProbability) {
-      return run_block<BceForm::kProbability, kPrecision>(block, a, scale);
+      return run_form<BceForm::kProbability, kPrecision>(block, a, scale);
     }
     if (a.form == BceForm::kFocal) {
-      return run_block<BceForm::kFocal, kPrecision>(block, a, scale);
+      return run_form<BceForm::kFocal, kPrecision>(block, a, scale);
     }
   }
-  return run_block<BceForm::kLogits, kPrecision>(block, a, scale);
+  return run_form<BceForm::kLogits, kPrecision>(block, a, scale);
 }
 
 template <class Real>
