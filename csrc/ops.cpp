@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/body.h"
+#include "cpu/memory.h"
 #if defined(FUSED_CE_WITH_CUDA)
 #include "cuda/device.h"
 #endif
@@ -65,7 +66,13 @@ PyObject* take_report(PyObject*, PyObject*) {
 #endif
 }
 
+PyObject* release_gradients(PyObject*, PyObject*) {
+  fused_ce::release_gradients();
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr},
+                         {"release_gradients", release_gradients, METH_NOARGS, nullptr},
                          {"take_report", take_report, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module_definition = {

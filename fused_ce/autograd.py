@@ -119,12 +119,12 @@ def forward_gradient(
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
-    """`torch.empty_like`; of a size that the CPU's malloc would give back to the system each time
-    (glibc keeps blocks below 32 MiB), memory that is kept from one call to the next.
+    """`torch.empty_like`; on the CPU, from the size of a huge page on, in memory that is kept from
+    one call to the next.
 
     Compiled code takes `torch.empty_like`: Inductor would copy the gradient that an op allocates.
     """
-    if logits.is_cpu and logits.numel() * logits.element_size() >= 1 << 25:
+    if logits.is_cpu and logits.numel() * logits.element_size() >= 1 << 21:
         return _empty_gradient_op(logits)  # type: ignore[no-any-return]
     return torch.empty_like(logits)
 

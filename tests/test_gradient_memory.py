@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import fused_ce.functional as fused
+from fused_ce import _C
 
-LARGE = 1 << 25  # bytes; the smallest gradient whose memory is kept
 MIB = 1 << 20
+SMALLEST = 2 * MIB  # gradient whose memory is kept
+LARGE = 64 * MIB  # the system may take it back
 
 # Torch 2.10's stable ABI has no tensor that owns memory of ours.
 keeps = pytest.mark.skipif(
@@ -41,6 +43,7 @@ def gradient_of(logits: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("freed", "wanted", "is_reused"),
     [
+        (SMALLEST, SMALLEST, True),
         (LARGE, LARGE, True),
         # Sequences of other lengths, down to the half of it, the last pages in part.
         (2 * LARGE, 2 * LARGE - 4, True),
@@ -51,7 +54,7 @@ def gradient_of(logits: Tensor, target: Tensor) -> Tensor:
     ],
 )
 def test_freed_memory_is_used_again(freed: int, wanted: int, is_reused: bool) -> None:
-    empty_gradient(of_bytes(4))  # in the place of what is kept
+    _C.release_gradients()
     first = empty_gradient(of_bytes(freed)).fill_(1.0)
     address = first.data_ptr()
     del first
@@ -59,9 +62,23 @@ def test_freed_memory_is_used_again(freed: int, wanted: int, is_reused: bool) ->
 
 
 @keeps
-def test_a_step_uses_the_memory_of_the_last() -> None:
-    x = torch.randn(LARGE // 4, requires_grad=True)
-    t = torch.rand(LARGE // 4)
+def test_the_last_four_are_kept() -> None:
+    _C.release_gradients()
+    gradients = [empty_gradient(of_bytes(size * MIB)) for size in (10, 20, 40, 80, 160)]
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    for i in range(5):
+        gradients[i] = torch.empty(0)
+    # The first has been given back. Of the others the smallest that is large enough serves.
+    for size, at in ((10, 1), (60, 3), (100, 4), (40, 2)):
+        gradients.append(empty_gradient(of_bytes(size * MIB)))
+        assert gradients[-1].data_ptr() == addresses[at]
+
+
+@keeps
+@pytest.mark.parametrize("size", [SMALLEST, LARGE])
+def test_a_step_uses_the_memory_of_the_last(size: int) -> None:
+    x = torch.randn(size // 4, requires_grad=True)
+    t = torch.rand(size // 4)
     address = gradient_of(x, t).data_ptr()
     expected = torch.sigmoid(x.detach().double()) - t
     for _ in range(2):

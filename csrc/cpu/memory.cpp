@@ -1,6 +1,6 @@
 // The op that gives a large gradient its memory. A training step frees what the next one needs
-// again, and between the two malloc returns large blocks to the system; the first touch of newly
-// mapped memory then takes longer than the arithmetic. So the last gradient's memory is kept.
+// again, and between the two malloc may return it to the system; the first touch of newly mapped
+// memory then takes longer than the arithmetic. So the memory of the last gradients is kept.
 #include "memory.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,6 +18,9 @@ namespace fused_ce {
 namespace {
 
 #if defined(__linux__)
+
+// glibc's malloc keeps blocks up to this size for good.
+constexpr size_t kMostOfMalloc = size_t{32} << 20;
 
 // Torch's function of that name, or null: torch 2.10, the oldest that we load into, lacks it.
 using TorchFromBlob = AOTITorchError (*)(void* data, int64_t rank,
@@ -38,7 +41,7 @@ struct Block {
 
 // Never waited for: in a process forked while it is held it stays so, and there no block is kept.
 std::mutex mutex;
-Block kept;
+Block kept[4];  // the one that was given back last comes first
 
 // A new block that starts at a huge page; null where there is no memory.
 Block map(size_t bytes) {
@@ -56,23 +59,37 @@ void unmap(const Block& block) {
   if (block.data) munmap(block.data, block.bytes);
 }
 
-// Serves from the kept block if that is at most twice as large; a smaller one makes room first.
+// The smallest kept block that holds so much, if it is at most twice as large, or a new one.
 Block take(size_t bytes) {
   bytes = (bytes + kHugePage - 1) & ~(kHugePage - 1);
-  Block found;
-  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-  if (lock && kept.bytes / 2 <= bytes) std::swap(found, kept);
-  if (found.bytes >= bytes) return found;
-  unmap(found);
+  if (std::unique_lock<std::mutex> lock(mutex, std::try_to_lock); lock) {
+    Block* best = nullptr;
+    for (Block& block : kept) {
+      bool fits = block.bytes >= bytes && block.bytes / 2 <= bytes;
+      if (fits && (!best || block.bytes < best->bytes)) best = &block;
+    }
+    if (best) return std::exchange(*best, {});
+  }
   return map(bytes);
+}
+
+// Keeps a block in the place of the oldest.
+void keep(Block block) {
+  if (std::unique_lock<std::mutex> lock(mutex, std::try_to_lock); lock) {
+    for (Block& other : kept) {
+      std::swap(block, other);
+      if (!block.data) return;
+    }
+  }
+  unmap(block);
 }
 
 void give_back(void* data, void* bytes) {
   Block block{data, reinterpret_cast<size_t>(bytes)};
-  // The pages stay, but the system may take them whenever it needs memory.
-  madvise(block.data, block.bytes, MADV_FREE);
-  if (std::unique_lock<std::mutex> lock(mutex, std::try_to_lock); lock) std::swap(block, kept);
-  unmap(block);
+  // Smaller ones malloc would keep as well. Of these the pages stay, but the system may take them
+  // whenever it needs memory.
+  if (block.bytes > kMostOfMalloc) madvise(block.data, block.bytes, MADV_FREE);
+  keep(block);
 }
 
 #endif
@@ -100,6 +117,13 @@ Tensor empty_gradient(const Tensor& logits) {
 }
 
 }  // namespace
+
+void release_gradients() {
+#if defined(__linux__)
+  std::lock_guard<std::mutex> lock(mutex);
+  for (Block& block : kept) unmap(std::exchange(block, {}));
+#endif
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   m.impl("_empty_gradient", TORCH_BOX(&empty_gradient));

@@ -26,4 +26,7 @@ inline void use_huge_pages(const Operand& operand, int64_t last) {
 #endif
 }
 
+// Gives back to the system what is kept of freed gradients.
+void release_gradients();
+
 }  // namespace fused_ce
