@@ -148,7 +148,7 @@ def gradients(*arguments: Any) -> Sequence[Tensor | None]:
     """`_gradients`. Compiled autograd, where the forward pass was not compiled, calls it instead of
     tracing it."""
     if torch.compiler.is_compiling():
-        return _untraced_gradients(*arguments)  # type: ignore[no-any-return]
+        return torch.compiler.disable(_gradients)(*arguments)  # type: ignore[no-any-return]
     return _gradients(*arguments)
 
 
@@ -214,9 +214,6 @@ def _gradients(
         overwritten.logits = None  # else the loss would keep that memory
     found[0] = gradient
     return found
-
-
-_untraced_gradients = torch.compiler.disable(_gradients)
 
 
 def _composed(

@@ -47,6 +47,13 @@ def test_info_names_versions_and_backends(rich):
         assert any(all(cell in line for cell in row) for line in done.stdout.splitlines())
 
 
+def test_import_leaves_the_compiler_out():
+    """Which takes a second to import."""
+    code = "import sys, torch; before = 'torch._dynamo' in sys.modules; import fused_ce; "
+    done = run_python("-c", code + "assert before == ('torch._dynamo' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one capability alone")
 @pytest.mark.parametrize(
     ("limit", "capabilities"), [("default", ["portable"]), ("avx2", ["avx2", "portable"])]

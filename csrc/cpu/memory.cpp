@@ -86,8 +86,8 @@ void keep(Block block) {
 
 void give_back(void* data, void* bytes) {
   Block block{data, reinterpret_cast<size_t>(bytes)};
-  // Smaller ones malloc would keep as well. Of these the pages stay, but the system may take them
-  // whenever it needs memory.
+  // Smaller blocks malloc would keep as well. The pages of larger ones stay too, but the system may
+  // take them whenever it needs memory.
   if (block.bytes > kMostOfMalloc) madvise(block.data, block.bytes, MADV_FREE);
   keep(block);
 }

@@ -74,7 +74,7 @@ struct RowWise {
   // Whether all rows have the same coefficients, or each has its own (probabilities).
   const bool smooths = kHasTerms && options.has_coefficients && !a.has_probabilities;
   const bool weighs = kHasTerms && a.has_probabilities;
-  // A fresh gradient that no cache holds: its memory need not be read before it is written.
+  // A gradient that no cache holds: its memory need not be read before it is written.
   const bool streams = a.gradient && a.gradient.data != a.input.data &&
                        bytes_of(a.gradient, a.rows.numel* a.classes) >= int64_t{1} << 26;
 
@@ -235,7 +235,8 @@ struct RowWise {
   }
 
   // The same, where what rounding takes from the sums that the gradient is made of goes to `lost`:
-  // over many classes it would be most of the gradient's error.
+  // over many classes it would be most of the gradient's error. The first part has nothing to lose
+  // to.
   static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part,
                                SoftmaxSums<V>& lost, bool is_first) {
     SoftmaxSums<V> all = sum_of(sums, part);
