@@ -41,9 +41,13 @@ def reduction_code(reduction: str, size_average: bool | None, reduce: bool | Non
         return torch_reduction.get_enum(reduction)
 
 
+def expects_gradient(option: Any) -> bool:
+    return isinstance(option, Tensor) and option.requires_grad
+
+
 def refuse_gradient(option: Any, name: str) -> None:
     """TypeError for an option, a number, that is a tensor and expects a gradient."""
-    if isinstance(option, Tensor) and option.requires_grad:
+    if expects_gradient(option):
         raise TypeError(
             f"{name} must be a number: as a tensor that requires grad it would get none"
         )

@@ -22,6 +22,7 @@ from fused_ce.arguments import (
     REALS,
     defaults_of,
     dtype_name,
+    expects_gradient,
     is_autocast_enabled,
     is_zero_on_empty,
     on_device,
@@ -251,8 +252,8 @@ def _type_error(name: str, position: int, expected: str, found: Any) -> TypeErro
 
 
 def _read_smoothing(smoothing: Any) -> float:
-    is_leaf = isinstance(smoothing, Tensor) and smoothing.requires_grad
-    if not isinstance(smoothing, str) and not is_leaf:  # float() would take them
+    # float() would take both.
+    if not isinstance(smoothing, str) and not expects_gradient(smoothing):
         try:
             return float(smoothing)
         except TypeError:
