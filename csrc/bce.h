@@ -32,6 +32,7 @@ struct BceArguments {
   bool has_denominator;
   double denominator;
   bool zero_on_empty;
+  bool is_written;      // `gradient` holds that of an upstream gradient of 1, which is one element
   bool in_double;       // compute in float64
   bool half_precision;  // loss and gradient are half types: kHalf terms are enough
 

@@ -31,6 +31,7 @@ inline BceArguments bce_arguments(const Tensor& input, const Tensor& target,
   a.has_denominator = denominator.has_value();
   a.denominator = denominator.value_or(0.0);
   a.zero_on_empty = zero_on_empty;
+  a.is_written = false;
   a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
   a.half_precision = is_half(dtype) && is_half(input.scalar_type());
 
@@ -95,7 +96,7 @@ Tensor bce_with_gradient(Tensor gradient, const Tensor& input, const Tensor& tar
 }
 
 template <auto kRun>
-void bce_backward(Tensor gradient, const Tensor& grad_output, const Tensor& input,
+void bce_backward(Tensor gradient, bool written, const Tensor& grad_output, const Tensor& input,
                   const Tensor& target, std::optional<Tensor> weight,
                   std::optional<Tensor> pos_weight, std::optional<Tensor> sample_weight,
                   std::optional<Tensor> normalizer, int64_t form, int64_t reduction,
@@ -106,6 +107,7 @@ void bce_backward(Tensor gradient, const Tensor& grad_output, const Tensor& inpu
       bce_arguments(input, target, weight, pos_weight, sample_weight, normalizer, form, reduction,
                     dtype, label_smoothing, ignore_index, alpha, gamma, denominator, zero_on_empty);
   set_operand(a.upstream, grad_output, a.space, input, "grad_output");
+  a.is_written = written && grad_output.numel() == 1;
   set_operand(a.gradient, gradient, a.space, input, "gradient");
   merge_dimensions(a);
   kRun(a, input);

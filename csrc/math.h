@@ -427,7 +427,7 @@ struct BceProbability {
     log_q = log_q < -100.0f ? V{} - 100.0f : log_q;
     log_p = p == 0.0f ? p - 100.0f : log_p;
     log_q = q == 0.0f ? q - 100.0f : log_q;
-    const ScalarOf<V> kSmallest = 1e-12;
+    const ScalarOf<V> kSmallest = 1e-12f;  // torch's is float32's number in float64, too
     V pq = p * q;
     return {-math::multiply_add(t, log_p, (1.0f - t) * log_q),
             math::quotient(p - t, pq < kSmallest ? V{} + kSmallest : pq)};

@@ -30,16 +30,20 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   // csrc/{cpu,cuda}/bce.cpp
   m.def("_bce(" FUSED_CE_BCE_ARGUMENTS ") -> Tensor");
   m.def("_bce_with_gradient(Tensor(a!) gradient, " FUSED_CE_BCE_ARGUMENTS ") -> Tensor");
-  m.def("_bce_backward(Tensor(a!) gradient, Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS ") -> ()");
+  // `written`: `gradient` holds that of a reduced loss whose upstream gradient is 1; where it is,
+  // there is nothing to do. So it is in _softmax_ce_backward.
+  m.def(
+      "_bce_backward(Tensor(a!) gradient, bool written, Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS
+      ") -> ()");
   // csrc/{cpu,cuda}/softmax_ce.cpp
   m.def("_softmax_ce(int outputs, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
         ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
   m.def("_softmax_ce_with_gradient(Tensor(a!) gradient, int outputs, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
         ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
   m.def(
-      "_softmax_ce_backward(Tensor(a!) gradient, Tensor? grad_loss, Tensor? grad_lse, "
-      "Tensor? grad_entropy, Tensor? lse, Tensor? entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
-      ") -> ()");
+      "_softmax_ce_backward(Tensor(a!) gradient, bool written, Tensor? grad_loss, "
+      "Tensor? grad_lse, Tensor? grad_entropy, Tensor? lse, Tensor? "
+      "entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS ") -> ()");
   // csrc/cpu/memory.cpp
   m.def("_empty_gradient(Tensor logits) -> Tensor");
   // csrc/{cpu,cuda}/scale.cpp

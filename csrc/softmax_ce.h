@@ -41,6 +41,7 @@ struct SoftmaxCeArguments {
   bool has_denominator;
   double denominator;
   bool zero_on_empty;
+  bool is_written;      // `gradient` holds that of a grad_loss of 1, which is one element
   bool in_double;       // compute in float64, and lse and entropy are float64; else float32
   bool half_precision;  // loss and gradient are half types: kHalf terms are enough
 

@@ -52,6 +52,7 @@ inline SoftmaxCeArguments softmax_ce_arguments(
   a.has_denominator = denominator.has_value();
   a.denominator = denominator.value_or(0.0);
   a.zero_on_empty = zero_on_empty;
+  a.is_written = false;
   a.in_double = dtype == ScalarType::Double || input.scalar_type() == ScalarType::Double;
 
   a.half_precision = is_half(dtype) && is_half(input.scalar_type());
@@ -162,7 +163,7 @@ SoftmaxCeResults softmax_ce_with_gradient(Tensor gradient, int64_t outputs, cons
 }
 
 template <auto kRun>
-void softmax_ce_backward(Tensor gradient, std::optional<Tensor> grad_loss,
+void softmax_ce_backward(Tensor gradient, bool written, std::optional<Tensor> grad_loss,
                          std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy,
                          std::optional<Tensor> lse, std::optional<Tensor> entropy,
                          const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
@@ -174,6 +175,7 @@ void softmax_ce_backward(Tensor gradient, std::optional<Tensor> grad_loss,
       input, target, weight, sample_weight, normalizer, reduction, dtype, ignore_index,
       label_smoothing, softcap, logit_scale, z_loss, denominator, zero_on_empty);
   a.is_backward = true;
+  a.is_written = written && grad_loss.has_value() && grad_loss->numel() == 1;
   set_operand(a.grad_loss, grad_loss, a.rows, input, "grad_loss");
   set_operand(a.grad_lse, grad_lse, a.rows, input, "grad_lse");
   set_operand(a.grad_entropy, grad_entropy, a.rows, input, "grad_entropy");

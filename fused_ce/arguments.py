@@ -135,6 +135,9 @@ def read_normalizer(
         return on_device(normalizer.reshape(()), input), None
     if isinstance(normalizer, str):  # float() would parse it
         raise TypeError("normalizer must be a number or a tensor, not str")
+    if torch.compiler.is_compiling():  # which would compile anew for each number
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return input.new_full((), normalizer, dtype=dtype), None
     return None, float(normalizer)
 
 

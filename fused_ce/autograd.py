@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fused_ce.arguments import raise_index_error
+from fused_ce.arguments import HALVES, raise_index_error
 
 _empty_gradient_op = torch.ops.fused_ce._empty_gradient.default
 _scale_op = torch.ops.fused_ce._scale_.default
@@ -18,6 +19,22 @@ _scale_op = torch.ops.fused_ce._scale_.default
 
 def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_composed(input: Tensor) -> bool:
+    """Whether a loss is composed from torch's operations: under transforms, and for tensors made of
+    others (DTensor), which know these operations but not ours."""
+    if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
+        return True
+    return transforms_active()
+
+
+def is_recording() -> bool:
+    """Whether autograd records: under inference_mode it does not, whatever enable_grad says (which
+    Dynamo cannot trace)."""
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
 
 
 def is_exporting() -> bool:
@@ -68,10 +85,21 @@ def apply_overwriting(apply: Callable[[Overwritten], Any], input: Tensor) -> Any
             "(inplace_backward=True overwrites the logits)."
         )
     overwritten = Overwritten(input)
+    if input._is_view() and _refuses_writes(input):
+        _RaiseOnUse.apply(input)  # type: ignore[no-untyped-call]  # which raises torch's error
     result = apply(overwritten)
     _RaiseOnUse.apply(input)  # type: ignore[no-untyped-call]
     overwritten.version = input._version
     return result
+
+
+def _refuses_writes(view: Tensor) -> bool:
+    """Whether torch would not have the view written to: that of a leaf, or one that is among
+    several results of a function, or that of a custom one, such as a module's backward hook."""
+    base = view._base
+    is_of_leaf = base is not None and base.is_leaf and base.requires_grad
+    meta = torch._C._autograd
+    return is_of_leaf or meta._get_creation_meta(view) != meta.CreationMeta.DEFAULT
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -102,19 +130,20 @@ class _RaiseOnUse(torch.autograd.Function):
         )
 
 
-def forward_gradient(
-    input: Tensor, overwritten: Overwritten | None, compiling: bool
-) -> Tensor | None:
+def forward_gradient(input: Tensor, overwritten: Overwritten | None) -> Tensor | None:
     """The memory for a gradient that is written in the forward pass, or None where it is not: for
     float16, whose range cannot hold a gradient before the upstream one (a loss scale) multiplies
-    it, and under saved-tensor hooks (checkpointing, offloading), which are there to keep nothing.
+    it; for bfloat16 in compiled code, which always scales it; and under saved-tensor hooks
+    (checkpointing, offloading), which are there to keep nothing.
     """
     if input.dtype == torch.float16:
         return None
+    if torch.compiler.is_compiling():
+        return None if input.dtype == torch.bfloat16 else torch.empty_like(input)
     if overwritten is not None:
         return overwritten.logits
-    if compiling or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return torch.empty_like(input) if compiling else _empty_gradient(input)
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return _empty_gradient(input)
     return None
 
 
@@ -139,9 +168,14 @@ class Differentiated(Protocol):
 
     @staticmethod
     def write_gradient(
-        ctx: Any, gradient: Tensor, grad_outputs: Sequence[Tensor | None], *tensors: Any
+        ctx: Any,
+        gradient: Tensor,
+        grad_outputs: Sequence[Tensor | None],
+        written: bool,
+        *tensors: Any,
     ) -> None:
-        """Computes the gradient of the logits into `gradient`."""
+        """Computes the gradient of the logits into `gradient`, which holds it if it is `written`
+        and the upstream one is 1."""
 
 
 def gradients(*arguments: Any) -> Sequence[Tensor | None]:
@@ -163,12 +197,13 @@ def _gradients(
     takes too.
 
     That of the logits is the one that the forward pass has written, scaled, if only the loss has
-    an upstream gradient; else it is computed from the logits. The others, and all of them where
-    they must be differentiable, are composed.
+    an upstream gradient; else it is computed from the logits, as is one of a half type, which
+    scaling would round a second time. The others, and all of them where they must be
+    differentiable, are composed.
     """
     # A graph of this backward is wanted, or it is batched (is_grads_batched=True comes with the
     # batched tensors that functorch's replaced elsewhere).
-    composed = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    composed = torch.is_grad_enabled() or transforms_active()
     count = 0
     for grad in grad_outputs:
         if grad is not None:
@@ -178,7 +213,7 @@ def _gradients(
     found: list[Tensor | None] = [None] * len(tensors)
     if count == 0:
         return found
-    gradient, overwritten = ctx.gradient, ctx.overwritten
+    overwritten = ctx.overwritten
     if overwritten is not None:
         tensors = (overwritten.unchanged(), *tensors[1:])
         if composed:
@@ -189,7 +224,7 @@ def _gradients(
     if composed:
         return _composed(loss, ctx, tensors, needs, grad_outputs)
     if True in needs[1:]:
-        if overwritten is not None and gradient is not None:
+        if overwritten is not None and ctx.__dict__.get("gradient") is not None:
             raise RuntimeError(
                 "inplace_backward=True with a target or weight that requires grad: the logits "
                 "that its gradient needs are overwritten"
@@ -197,16 +232,18 @@ def _gradients(
         found = _composed(loss, ctx, tensors, (False, *needs[1:]), grad_outputs)
     if not needs[0]:
         return found
-    ctx.gradient = None
+    # At once, since another thread may differentiate the same graph.
+    gradient = ctx.__dict__.pop("gradient", None)
     logits, grad_loss = tensors[0], grad_outputs[0]
     assert logits is not None
-    if gradient is not None and grad_loss is not None and count == 1:
+    written = gradient is not None and grad_loss is not None and count == 1
+    if written and (overwritten is not None or logits.dtype not in HALVES):
         _scale_op(gradient, grad_loss)
     else:
         if gradient is None:
             gradient = _empty_gradient(logits) if overwritten is None else logits
         try:
-            loss.write_gradient(ctx, gradient, grad_outputs, *results, *tensors)
+            loss.write_gradient(ctx, gradient, grad_outputs, written, *results, *tensors)
         except RuntimeError as error:  # what an earlier call has found on CUDA
             raise_index_error(str(error))
             raise
@@ -226,13 +263,10 @@ def _composed(
     """The gradients of the tensors that need one, as differentiable torch operations where a graph
     is wanted."""
     differentiable = torch.is_grad_enabled()
-    leaves: Sequence[Any] = tensors
-    if not differentiable:
-        leaves = [
-            t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(tensors, needs, strict=True)
-        ]
     with torch.enable_grad():
+        # Views, since one tensor may be computed from another: the gradient of a view leaves
+        # that out.
+        leaves: Sequence[Any] = [t if t is None else t.view_as(t) for t in tensors]
         outputs = loss.composed(ctx, *leaves)
         seeded = [
             (output, grad)

@@ -85,7 +85,9 @@ def _reference_bce_with_gradient(gradient: Tensor, *arguments: Any) -> Tensor:
     return _differentiated(_bce, gradient, (gradient.new_ones(()),), *arguments)[0]
 
 
-def _reference_bce_backward(gradient: Tensor, grad_output: Tensor, *arguments: Any) -> None:
+def _reference_bce_backward(
+    gradient: Tensor, _written: bool, grad_output: Tensor, *arguments: Any
+) -> None:
     _differentiated(_bce, gradient, (grad_output,), *arguments)
 
 
@@ -96,7 +98,7 @@ def _reference_softmax_ce_with_gradient(
     return _differentiated(function, gradient, (gradient.new_ones(()),), *arguments)
 
 
-def _reference_softmax_ce_backward(gradient: Tensor, *arguments: Any) -> None:
+def _reference_softmax_ce_backward(gradient: Tensor, _written: bool, *arguments: Any) -> None:
     *grads, _lse, _entropy = arguments[:5]
     function = partial(reference.softmax_ce, reference.LSE | reference.ENTROPY)
     _differentiated(function, gradient, tuple(grads), *arguments[5:])

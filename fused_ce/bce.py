@@ -37,8 +37,9 @@ from fused_ce.autograd import (
     apply_overwriting,
     forward_gradient,
     gradients,
+    is_composed,
     is_exporting,
-    transforms_active,
+    is_recording,
 )
 from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
 
@@ -221,9 +222,8 @@ def binary_cross_entropy(
             "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
             "rounds to 0 or 1. Use binary_cross_entropy_with_logits or BCEWithLogitsLoss."
         )
-    if input.dtype != target.dtype and (
-        target.is_floating_point() or not input.is_floating_point()
-    ):
+    is_extra = target.dtype in REALS and not target.is_floating_point()
+    if input.dtype != target.dtype and not (is_extra and input.is_floating_point()):
         found, expected = target.dtype, input.dtype
         if is_autocast_enabled(input):
             found, expected = (torch.float32 if d in HALVES else d for d in (found, expected))
@@ -441,7 +441,7 @@ def _apply(
     inplace: bool,
 ) -> Tensor:
     input, target, weight, pos_weight, sample_weight, normalizer = arguments
-    if transforms_active() or (normalizer is not None and normalizer.requires_grad):
+    if is_composed(input) or (normalizer is not None and normalizer.requires_grad):
         return reference.bce(*arguments, *options)
     others_require_grad = (
         target.requires_grad
@@ -449,7 +449,7 @@ def _apply(
         or (pos_weight is not None and pos_weight.requires_grad)
         or (sample_weight is not None and sample_weight.requires_grad)
     )
-    if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
+    if not (input.requires_grad or others_require_grad) or not is_recording():
         return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
         if others_require_grad or is_exporting():
@@ -483,24 +483,24 @@ class _BCE(torch.autograd.Function):
         options: tuple[Any, ...],
         overwritten: Overwritten | None,
     ) -> Tensor:
-        compiling = torch.compiler.is_compiling()
         gradient = None
         if options[1] != NONE and ctx.needs_input_grad[0]:
-            gradient = forward_gradient(input, overwritten, compiling)
+            gradient = forward_gradient(input, overwritten)
         tensors = (target, weight, pos_weight, sample_weight, normalizer)
         loss: Tensor
         if gradient is None:
             loss = _bce_op(input, *tensors, *options)
         else:
             loss = _bce_with_gradient_op(gradient, input, *tensors, *options)
-        ctx.compiled = compiling
+        ctx.compiled = torch.compiler.is_compiling()
         ctx.options = options
-        if compiling:
-            ctx.save_for_backward(input, *tensors, gradient)
+        kept = input if overwritten is None else None
+        if ctx.compiled:
+            ctx.save_for_backward(kept, *tensors, gradient)
         else:
             ctx.gradient = gradient
             ctx.overwritten = overwritten
-            ctx.save_for_backward(input if overwritten is None else None, *tensors)
+            ctx.save_for_backward(kept, *tensors)
         return loss
 
     @staticmethod
@@ -510,7 +510,7 @@ class _BCE(torch.autograd.Function):
             if gradient is not None:
                 return (gradient * grad_output, *(None,) * 7)
             gradient = torch.empty_like(tensors[0])
-            _bce_backward_op(gradient, grad_output, *tensors, *ctx.options)
+            _bce_backward_op(gradient, False, grad_output, *tensors, *ctx.options)
             return (gradient, *(None,) * 7)
         return (*gradients(_BCE, ctx, ctx.saved_tensors, (grad_output,)), None, None, None)
 
@@ -520,9 +520,13 @@ class _BCE(torch.autograd.Function):
 
     @staticmethod
     def write_gradient(
-        ctx: Any, gradient: Tensor, grad_outputs: Sequence[Tensor | None], *tensors: Any
+        ctx: Any,
+        gradient: Tensor,
+        grad_outputs: Sequence[Tensor | None],
+        written: bool,
+        *tensors: Any,
     ) -> None:
-        _bce_backward_op(gradient, *grad_outputs, *tensors, *ctx.options)
+        _bce_backward_op(gradient, written, *grad_outputs, *tensors, *ctx.options)
 
 
 # `_BCE.apply` without its layer for functorch's tensors, which `_apply` has sent elsewhere: 1.5 of

@@ -18,10 +18,16 @@ LOGITS, PROBABILITY, FOCAL = 0, 1, 2
 NONE, MEAN, SUM = 0, 1, 2
 
 
-def _times(coefficient: Tensor, x: Tensor, sign: int) -> Tensor:
-    """coefficient * softplus(sign * x), where an infinite logit of coefficient 0 costs nothing."""
-    x = torch.where((x == sign * torch.inf) & (coefficient == 0), 0.0, x)
-    return coefficient * -F.logsigmoid(-sign * x)
+def _logits_loss(x: Tensor, negative: Tensor, positive: Tensor, total: Tensor | float) -> Tensor:
+    """positive softplus(-x) + negative softplus(x), as `BceLogits` of csrc/math.h has it: the
+    derivative for a target comes out as -x, not as a difference of two logarithms."""
+    y = torch.where(x >= 0, x, -x)
+    m = torch.where(x >= 0, negative, positive)
+    # An infinite logit on the right side costs nothing, but its target's derivative is infinite.
+    free = (m == 0) & (y == torch.inf)
+    greatest = torch.finfo(m.dtype).max
+    wrong_side = torch.where(free, m * greatest * greatest, m * torch.where(free, 1.0, y))
+    return wrong_side + total * torch.log1p(torch.exp(-y))
 
 
 def _focal_modulation(x: Tensor, target: Tensor, gamma: float) -> Tensor:
@@ -39,7 +45,8 @@ def _focal_modulation(x: Tensor, target: Tensor, gamma: float) -> Tensor:
     near, far = 1 + m * torch.expm1(y.clamp(max=80)), m + (1 - m) * torch.exp(-y)
     factor = torch.where(right, near, far)
     inside = factor > 0
-    log_u = F.logsigmoid(torch.where(right, -y, y)) + torch.log(torch.where(inside, factor, 1.0))
+    log_sigmoid = -torch.where(right, y, 0.0) - torch.log1p(torch.exp(-y))
+    log_u = log_sigmoid + torch.log(torch.where(inside, factor, 1.0))
     outside = torch.where(inside, 1.0, torch.sigmoid(y) * factor)
     return torch.where(inside, torch.exp(gamma * log_u), outside**gamma)
 
@@ -75,7 +82,7 @@ def bce(
     t = target.to(compute)
     kept = None if ignore_index is None else _is_kept(target, ignore_index)
     if kept is not None:
-        x = torch.where(kept, x, 0.0)
+        x = torch.where(kept, x, 0.5)  # where all derivatives are finite
         t = torch.where(kept, t, 0.0)
     # 1 - t is smoothed by itself: formed from a smoothed t it would lose digits.
     negative = (1 - t) * (1 - label_smoothing) + label_smoothing / 2
@@ -87,8 +94,12 @@ def bce(
     if form == PROBABILITY:
         loss = _torch_bce(x, t, reduction="none")
     else:
-        positive = t if pos_weight is None else pos_weight.to(compute) * t
-        loss = _times(negative, x, 1) + _times(positive, x, -1)
+        total: Tensor | float = 1.0
+        positive = t
+        if pos_weight is not None:
+            positive = pos_weight.to(compute) * t
+            total = negative + positive
+        loss = _logits_loss(x, negative, positive, total)
     if form == FOCAL:
         modulation = _focal_modulation(x, t, gamma)
         # Where the loss is infinite, the product's derivative would be inf * 0.

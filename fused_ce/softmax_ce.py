@@ -7,12 +7,15 @@ reference.py that transforms need.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils import _pytree
 
 from fused_ce import reference
 from fused_ce.arguments import (
@@ -22,7 +25,6 @@ from fused_ce.arguments import (
     REALS,
     defaults_of,
     dtype_name,
-    expects_gradient,
     is_autocast_enabled,
     is_zero_on_empty,
     on_device,
@@ -38,8 +40,9 @@ from fused_ce.autograd import (
     apply_overwriting,
     forward_gradient,
     gradients,
+    is_composed,
     is_exporting,
-    transforms_active,
+    is_recording,
 )
 from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
 
@@ -53,7 +56,8 @@ _softmax_ce_backward_op = torch.ops.fused_ce._softmax_ce_backward.default
 _DEFAULTS = defaults_of(_softmax_ce_op)  # from ignore_index on
 
 
-class CrossEntropyStats(NamedTuple):
+@dataclass(frozen=True)
+class CrossEntropyStats:
     """What `cross_entropy(..., stats=...)` returns beside the loss: a tensor for each statistic
     that was asked for, of the shape of an unreduced loss; None for the others."""
 
@@ -66,6 +70,13 @@ class CrossEntropyStats(NamedTuple):
     correct: Tensor | None = None
     """Whether the prediction is the label (or the most probable class of the target); False where
     the row is ignored."""
+
+
+# Transforms and torch.export see the tensors that are there, and not None. (Of a named tuple they
+# would see every field.)
+_pytree.register_dataclass(
+    CrossEntropyStats, serialized_type_name="fused_ce.functional.CrossEntropyStats"
+)
 
 
 def cross_entropy(
@@ -199,6 +210,8 @@ def cross_entropy(
         )
     if not has_probabilities:
         target = _read_labels(target, shape, rows)
+        if label_smoothing and shape[min(1, len(shape) - 1)] == 1:
+            label_smoothing = 0.0  # nothing to smooth: the gradient of one class is exactly 0
     if target.device != input.device:
         target = on_device(target, input)
     autocast = is_autocast_enabled(input)
@@ -252,12 +265,11 @@ def _type_error(name: str, position: int, expected: str, found: Any) -> TypeErro
 
 
 def _read_smoothing(smoothing: Any) -> float:
-    # float() would take both.
-    if not isinstance(smoothing, str) and not expects_gradient(smoothing):
-        try:
-            return float(smoothing)
-        except TypeError:
-            pass
+    # float() would take more: text, arrays and tensors of one element, and what requires grad.
+    if isinstance(smoothing, (numbers.Real, torch.SymInt, torch.SymFloat)) or (
+        isinstance(smoothing, Tensor) and smoothing.dim() == 0 and not smoothing.requires_grad
+    ):
+        return float(smoothing)
     raise _type_error("label_smoothing", 6, "float", smoothing)
 
 
@@ -365,14 +377,14 @@ def _apply(
 ) -> Any:
     """The loss or, with statistics, all that the op returns."""
     input, target, weight, sample_weight, normalizer = tensors
-    if transforms_active() or (normalizer is not None and normalizer.requires_grad):
+    if is_composed(input) or (normalizer is not None and normalizer.requires_grad):
         return _wanted(reference.softmax_ce(outputs, *tensors, *options), outputs)
     others_require_grad = (
         target.requires_grad
         or (weight is not None and weight.requires_grad)
         or (sample_weight is not None and sample_weight.requires_grad)
     )
-    if not torch.is_grad_enabled() or not (input.requires_grad or others_require_grad):
+    if not (input.requires_grad or others_require_grad) or not is_recording():
         return _wanted(_softmax_ce_op(outputs, *tensors, *options), outputs)
     if torch.compiler.is_compiling():
         if others_require_grad or is_exporting():  # as in bce.py
@@ -409,12 +421,12 @@ class _SoftmaxCE(torch.autograd.Function):
         outputs: int,
         overwritten: Overwritten | None,
     ) -> Any:
-        compiling = torch.compiler.is_compiling()
+        ctx.compiled = torch.compiler.is_compiling()
         needs_gradient = ctx.needs_input_grad[0]
-        waits = outputs & (LSE | ENTROPY) and (compiling or overwritten is not None)
+        waits = outputs & (LSE | ENTROPY) and (ctx.compiled or overwritten is not None)
         gradient = None
         if needs_gradient and options[0] != NONE and not waits:
-            gradient = forward_gradient(input, overwritten, compiling)
+            gradient = forward_gradient(input, overwritten)
         tensors = (target, weight, sample_weight, normalizer)
         computed = outputs
         if gradient is None:
@@ -424,12 +436,11 @@ class _SoftmaxCE(torch.autograd.Function):
         else:
             results = _softmax_ce_with_gradient_op(gradient, computed, input, *tensors, *options)
         loss, lse, entropy, prediction, correct = results
-        ctx.compiled = compiling
         ctx.options = options
         ctx.outputs = outputs
-        kept = input if compiling or overwritten is None else None
+        kept = input if overwritten is None else None
         row_terms = (lse if computed & LSE else None, entropy if computed & ENTROPY else None)
-        if compiling:
+        if ctx.compiled:
             ctx.save_for_backward(kept, *tensors, *row_terms, gradient)
         else:
             ctx.gradient = gradient
@@ -464,7 +475,7 @@ class _SoftmaxCE(torch.autograd.Function):
             if gradient is not None:
                 return (gradient * grad_loss, *(None,) * 7)
             gradient = torch.empty_like(tensors[0])
-            _softmax_ce_backward_op(gradient, *grads, lse, entropy, *tensors, *ctx.options)
+            _softmax_ce_backward_op(gradient, False, *grads, lse, entropy, *tensors, *ctx.options)
             return (gradient, *(None,) * 7)
         *tensors, lse, entropy = ctx.saved_tensors
         found = gradients(_SoftmaxCE, ctx, tensors, grads, (lse, entropy))
@@ -476,9 +487,13 @@ class _SoftmaxCE(torch.autograd.Function):
 
     @staticmethod
     def write_gradient(
-        ctx: Any, gradient: Tensor, grad_outputs: Sequence[Tensor | None], *tensors: Any
+        ctx: Any,
+        gradient: Tensor,
+        grad_outputs: Sequence[Tensor | None],
+        written: bool,
+        *tensors: Any,
     ) -> None:
-        _softmax_ce_backward_op(gradient, *grad_outputs, *tensors, *ctx.options)
+        _softmax_ce_backward_op(gradient, written, *grad_outputs, *tensors, *ctx.options)
 
 
 # `_SoftmaxCE.apply` without its layer for functorch's tensors, as in bce.py.

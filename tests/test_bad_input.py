@@ -100,6 +100,8 @@ SAME_MESSAGE = {
     "double probabilities": (PROBABILITY, X.double(), X, {}),
     "integer probabilities": (PROBABILITY, X.long(), X, {}),
     "complex probabilities": (PROBABILITY, X.to(COMPLEX), X, {}),
+    "complex target of probabilities": (PROBABILITY, X, X.to(COMPLEX), {}),
+    "uint16 target of probabilities": (PROBABILITY, X, X.to(torch.uint16), {}),
     # softmax: which rows the labels are of
     "labels of fewer rows": (SOFTMAX, X, T[:3], {}),
     "labels of more rows": (SOFTMAX, X[:3], T, {}),
@@ -185,6 +187,8 @@ SAME_MESSAGE = {
         {"label_smoothing": 1.5, "reduction": "foo"},
     ),
     "smoothing text": (SOFTMAX, X, T, {"label_smoothing": "a"}),
+    "smoothing of one dimension": (SOFTMAX, X, T, {"label_smoothing": torch.tensor([0.1])}),
+    "smoothings": (SOFTMAX, X, T, {"label_smoothing": torch.tensor([0.1, 0.2])}),
     "smoothing None": (SOFTMAX, X, T, {"label_smoothing": None}),
     "smoothing that requires grad": (SOFTMAX, X, T, {"label_smoothing": LEAF}),
     "smoothing complex": (SOFTMAX, X, T, {"label_smoothing": 1j}),
@@ -801,8 +805,9 @@ def test_fake_and_meta_classes(target_dtype: torch.dtype) -> None:
                 torch.bfloat16,
                 (rows,) if reduction == "none" else (),
             )
-            assert [s.dtype for s in stats] == [torch.float32] * 2 + [torch.int64, torch.bool]
-            assert {s.shape for s in stats} == {(rows,)}
+            found = vars(stats).values()
+            assert [s.dtype for s in found] == [torch.float32] * 2 + [torch.int64, torch.bool]
+            assert {s.shape for s in found} == {(rows,)}
             total = loss.sum() + stats.lse.sum()
             (gradient,) = torch.autograd.grad(total, x)
             assert (gradient.shape, gradient.dtype, gradient.device) == (x.shape, x.dtype, x.device)
@@ -828,6 +833,10 @@ def test_subclasses_of_classes_keep_their_type(device: str) -> None:
         assert cross_entropy in Tagged.calls
         assert type(loss) is Tagged
         torch.testing.assert_close(loss.as_subclass(torch.Tensor), cross_entropy(**arguments))
+        _, stats = cross_entropy(**tagged, stats=("lse", "correct"))
+        lse = stats.lse.as_subclass(torch.Tensor)
+        torch.testing.assert_close(lse, torch.logsumexp(x, 1))
+        assert stats.correct.dtype == torch.bool
 
 
 class Tagged(torch.Tensor):
@@ -909,6 +918,18 @@ def overwriting(form: Form, logits: Tensor, **options: Any) -> Tensor:
     return form.ours(logits, t, **{"reduction": "mean", "inplace_backward": True} | options)
 
 
+class Viewing(torch.autograd.Function):
+    """A view from a custom function, as a module's full backward hook makes one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def backward(loss: Tensor, **options: Any) -> None:
     loss.backward(torch.ones(loss.shape).to(loss.device), **options)
 
@@ -959,6 +980,31 @@ class TestInplaceBackward:
             overwriting(form, view(leaf * 1), inplace_backward=inplace_backward).backward()
             found.append(leaf.grad)
         assert torch.equal(*found)
+
+    # Torch refuses to have these written to.
+    @pytest.mark.parametrize(
+        ("view", "message"),
+        [
+            (lambda leaf: leaf.view_as(leaf), "a view of a leaf Variable"),
+            (lambda leaf: (leaf * 1).chunk(2)[0], "is a view and is being modified inplace"),
+            (lambda leaf: Viewing.apply(leaf * 1), "is a view and is being modified inplace"),
+        ],
+        ids=["of a leaf", "chunk", "custom function"],
+    )
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_refused_before_anything_is_written(
+        self,
+        form: Form,
+        reduction: str,
+        view: Callable[[Tensor], Tensor],
+        message: str,
+        device: str,
+    ) -> None:
+        logits = view(self.leaf(device))
+        before = logits.detach().clone()
+        with pytest.raises(RuntimeError, match=message):
+            overwriting(form, logits, reduction=reduction)
+        assert torch.equal(logits.detach(), before)
 
     def test_lazy_negative(self, form: Form, device: str) -> None:
         leaf = self.leaf(device)

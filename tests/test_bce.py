@@ -4,6 +4,7 @@ strides, extras, and the life of the gradient."""
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import subprocess
@@ -328,6 +329,33 @@ def test_offsets_beyond_32_bits(form: Form, distance: int, device: str) -> None:
     torch.testing.assert_close(torch.stack([row.cpu() for row in x]), right.gradient)
 
 
+# Logits at which the two logarithms whose difference is the target's gradient are almost equal.
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradient_of_the_target(reduction: str, dtype: torch.dtype, device: str) -> None:
+    x = torch.tensor([0.0, 1e-7, -1e-5, 1e-3, -0.3, 7, -60, math.inf, -math.inf]).to(dtype)
+    t = torch.tensor([0.5, 0.0, 1.0, 0.3, 0.7, 1, 0, 1, 0]).to(dtype)
+    for differentiable in (False, True):
+        leaf = t.to(device, copy=True).requires_grad_()
+        loss = bce_with_logits(x.to(device), leaf, reduction=reduction).sum()
+        (found,) = torch.autograd.grad(loss, leaf, create_graph=differentiable)
+        right = -x.double() / (x.numel() if reduction == "mean" else 1)
+        right = torch.where(x.isinf(), -x.double(), right)
+        infinite = x.isinf()
+        assert torch.equal(found.detach().cpu()[infinite].double(), right[infinite])
+        assert ulps(found.detach().cpu()[~infinite], right[~infinite]) <= 2
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
+def test_gradient_at_probabilities_of_0_and_1(dtype: torch.dtype, device: str) -> None:
+    """Torch's least p (1 - p) is float32's 1e-12 in float64, too."""
+    p = torch.tensor([0.0, 1.0, 1e-13, 1e-30, 0.5]).to(dtype)
+    t = torch.tensor([1.0, 0.0, 1.0, 0.3, 0.2]).to(dtype)
+    ours = run(bce, p, t, device=device, reduction="none")
+    theirs = run(F.binary_cross_entropy, p, t, reduction="none")
+    torch.testing.assert_close(ours.gradient, theirs.gradient)
+
+
 @each_form
 def test_upstream_gradient(form: Form, device: str) -> None:
     x, t = make_input(form, (31,)), make_target((31,))
@@ -343,6 +371,23 @@ def test_upstream_gradient(form: Form, device: str) -> None:
     form.ours(leaf, t.to(device), reduction="none").sum().backward()
     form.theirs(other, t, reduction="none").sum().backward()
     torch.testing.assert_close(leaf.grad.cpu(), other.grad)
+
+
+# Without options and with one: two kernels on CUDA.
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 0}], ids=["plain", "ignore_index"])
+@each_form
+def test_bfloat16_gradient_is_rounded_once(
+    form: Form, options: dict[str, Any], device: str
+) -> None:
+    """Torch's under autocast is: the upstream gradient multiplies it in float32."""
+    x, t = make_input(form, (259,), BF16), make_target((259,), BF16)  # vectors and a tail
+    for reduction, upstream in itertools.product(("mean", "sum"), (1.0, -3.0, 1 / 3, 0.0)):
+        options["reduction"] = reduction
+        seed = torch.tensor(upstream, dtype=BF16)
+        ours = run(form.ours, x, t, device=device, upstream=seed, **options)
+        right = run(partial(exact, form), x.double(), t.double(), upstream=seed.double(), **options)
+        largest = right.gradient.abs().max().item()
+        assert ulps(ours.gradient, right.gradient, largest) <= 0.52  # a half, and 2e-5 of the value
 
 
 def test_bfloat16_where_torch_loses_the_gradient(device: str) -> None:

@@ -248,7 +248,7 @@ def test_probability(bindings: Any, kind: str) -> None:
         terms = -(np.abs(t) * log_p + np.abs(1 - t) * log_q)
         assert_within(LOG + 3, loss, terms, p, label)
         # 1 - p, the difference, the product and the quotient: four units in a lower binade
-        wanted = (wide - t) / np.maximum(wide * (1 - wide), 1e-12)
+        wanted = (wide - t) / np.maximum(wide * (1 - wide), np.float32(1e-12))  # as torch
         assert_within(4, gradient, wanted, p, label)
     special = getattr(bindings, kind).probability(np.full(1, np.nan, dtype), np.ones(1, dtype))
     assert np.isnan(special).all()

@@ -4,8 +4,11 @@ graphs: everything that torch's own losses can be put through."""
 from __future__ import annotations
 
 import copy
+import io
 import os
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +143,123 @@ def test_create_graph(form: Form, device: str) -> None:
         (gradient.square().sum() + loss).backward()
         found.append(leaf.grad.cpu())
     torch.testing.assert_close(*found)
+
+
+def probabilities(x: Tensor) -> Tensor:
+    return 0.1 + 0.8 * torch.sigmoid(x)
+
+
+# name: the arguments, made of one tensor
+DEPENDENT: dict[str, Callable[[Form, Tensor], dict[str, Tensor]]] = {
+    "target of the logits": lambda form, x: {"target": probabilities(x)},
+    "target of what the logits are of": lambda form, x: {"target": probabilities(2 * x)},
+    "sample_weight of the logits": lambda form, x: {"sample_weight": x[:, 0].square()},
+    "weight of the logits": lambda form, x: {"weight": x[0].square()},
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+@each_loss
+def test_create_graph_where_one_argument_is_made_of_another(
+    form: Form, name: str, device: str
+) -> None:
+    if name == "weight of the logits" and form is FOCAL:
+        pytest.skip("focal loss has no weight")
+    x, t = torch.randn(3, 4, dtype=F64), torch.rand(3, 4, dtype=F64)
+    found = []
+    for differentiable in (False, True):
+        leaf = x.to(device, copy=True).requires_grad_()
+        source = leaf * 1
+        logits = probabilities(source) if form is PROBABILITY else source
+        arguments = {"target": t.to(device)} | DEPENDENT[name](form, source)
+        loss = form.ours(logits, arguments.pop("target"), reduction="mean", **arguments)
+        found.append(torch.autograd.grad(loss, leaf, create_graph=differentiable)[0])
+    assert found[1].requires_grad
+    torch.testing.assert_close(found[1].detach(), found[0])
+
+
+def test_one_graph_in_two_threads(device: str) -> None:
+    for _ in range(20):  # the gradient is handed out once, whichever thread comes first
+        x, t = (torch.rand(64, 50).to(device).requires_grad_() for _ in range(2))
+        loss = bce_with_logits(x, t)
+        right = run(bce_with_logits, x.detach().cpu(), t.detach().cpu()).gradient
+        barrier, found = threading.Barrier(2), {}
+
+        def differentiate(
+            upstream: float,
+            barrier: threading.Barrier = barrier,
+            found: dict[float, Tensor] = found,
+            loss: Tensor = loss,
+            tensors: tuple[Tensor, ...] = (x, t),
+        ) -> None:
+            barrier.wait()
+            seed = torch.tensor(upstream).to(loss.device)
+            found[upstream] = torch.autograd.grad(loss, tensors, seed, retain_graph=True)[0]
+
+        threads = [threading.Thread(target=differentiate, args=(u,)) for u in (2.0, 3.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for upstream, gradient in found.items():
+            torch.testing.assert_close(gradient.cpu(), right * upstream)
+
+
+@each_reduction
+@each_loss
+def test_upstream_gradient_with_a_tangent(form: Form, reduction: str, device: str) -> None:
+    """Of a loss that was computed outside of forward mode."""
+    x = make_input(form, (3, 4), F64).to(device).requires_grad_()
+    t = torch.rand(3, 4, dtype=F64).to(device).requires_grad_()
+    loss = form.ours(x, t, reduction=reduction)
+    for inputs in ((x,), (x, t)):
+        upstream, tangent = torch.randn(2, *loss.shape, dtype=F64).to(device)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(upstream, tangent)
+            gradients = torch.autograd.grad(loss, inputs, dual, retain_graph=True)
+            tangents = [forward_ad.unpack_dual(g).tangent for g in gradients]
+        right = torch.autograd.grad(loss, inputs, tangent, retain_graph=True)  # it is linear
+        for found, expected in zip(tangents, right, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@each_reduction
+@each_loss
+def test_gradient_under_vmap(form: Form, reduction: str, device: str) -> None:
+    """Rows of a Jacobian, of a loss that was computed outside of vmap."""
+    x, t = make_input(form, (5,)).to(device).requires_grad_(), make_target((5,)).to(device)
+    loss = form.ours(x, t, reduction=reduction)
+    upstream = torch.randn(3, *loss.shape).to(device)
+
+    def gradient(v: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, x, v, retain_graph=True)[0]
+
+    batched = torch.vmap(gradient)(upstream)
+    for one, found in zip(upstream, batched, strict=True):
+        torch.testing.assert_close(found, gradient(one))
+
+
+@each_reduction
+@each_form
+def test_second_derivative_at_ignored_elements(form: Form, reduction: str, device: str) -> None:
+    x = make_input(form, (3,), F64).to(device)
+    t = torch.tensor([0.3, 7.0, 0.9], dtype=F64).to(device).requires_grad_()
+    weight = torch.ones(3, dtype=F64).to(device).requires_grad_()
+    loss = form.ours(x, t, sample_weight=weight, ignore_index=7, reduction=reduction).sum()
+    (of_target,) = torch.autograd.grad(loss, t, create_graph=True)
+    (mixed,) = torch.autograd.grad(of_target.sum(), weight)
+    assert mixed[1] == 0
+    assert mixed.isfinite().all()
+
+
+@each_loss
+def test_inference_mode_with_enable_grad(form: Form, device: str) -> None:
+    """Autograd does not record, as in torch's losses."""
+    x = make_input(form, (4, 5)).to(device).requires_grad_()
+    t = torch.rand(4, 5).to(device)
+    for reduction in REDUCTIONS:
+        with torch.inference_mode(), torch.enable_grad():
+            assert not form.ours(x, t, reduction=reduction).requires_grad
 
 
 @each_loss
@@ -363,6 +483,24 @@ def test_vmap_of_statistics(device: str) -> None:
             torch.testing.assert_close(found, getattr(stats_of_one, name))
 
 
+def test_func_of_some_statistics(device: str) -> None:
+    """Those that are not there are no results of the transformed function."""
+    x, t = torch.randn(3, 6, 4).to(device), torch.randint(4, (3, 6)).to(device)
+
+    def loss(x: Tensor, t: Tensor) -> Any:
+        return cross_entropy(x, t, stats=("lse", "correct"))
+
+    found, stats = torch.func.vmap(loss)(x, t)
+    gradient, of_one = torch.func.grad(loss, has_aux=True)(x[0], t[0])
+    right, right_stats = loss(x[0], t[0])
+    torch.testing.assert_close(found[0], right)
+    torch.testing.assert_close(gradient.cpu(), run(cross_entropy, x[0].cpu(), t[0].cpu()).gradient)
+    for name in ("lse", "correct"):
+        torch.testing.assert_close(getattr(stats, name)[0], getattr(right_stats, name))
+        torch.testing.assert_close(getattr(of_one, name), getattr(right_stats, name))
+    assert stats.entropy is None
+
+
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
@@ -392,7 +530,7 @@ class Graphs:
 COMPILED: dict[str, tuple[Form, dict[str, Any], torch.dtype, set[str]]] = {
     # the gradient comes with the loss, in one op
     "mean": (LOGITS, {}, torch.float32, {"_bce_with_gradient"}),
-    "sum": (LOGITS, {"reduction": "sum"}, torch.bfloat16, {"_bce_with_gradient"}),
+    "sum": (LOGITS, {"reduction": "sum"}, torch.float32, {"_bce_with_gradient"}),
     "weights": (
         LOGITS,
         {"weight": torch.rand(5), "pos_weight": torch.rand(1, 5)},
@@ -418,6 +556,7 @@ COMPILED: dict[str, tuple[Form, dict[str, Any], torch.dtype, set[str]]] = {
     "none": (LOGITS, {"reduction": "none"}, torch.float32, {"_bce", "_bce_backward"}),
     "focal, none": (FOCAL, {}, torch.float32, {"_bce", "_bce_backward"}),
     "float16": (LOGITS, {}, torch.float16, {"_bce", "_bce_backward"}),
+    "bfloat16": (LOGITS, {}, torch.bfloat16, {"_bce", "_bce_backward"}),
 }
 
 
@@ -446,7 +585,7 @@ def labels_of(x: Tensor) -> Tensor:
 WITH_GRADIENT, IN_BACKWARD = {"_softmax_ce_with_gradient"}, {"_softmax_ce", "_softmax_ce_backward"}
 COMPILED_CLASSES: dict[str, tuple[dict[str, Any], torch.dtype, set[str]]] = {
     "mean": ({}, torch.float32, WITH_GRADIENT),
-    "sum": ({"reduction": "sum"}, torch.bfloat16, WITH_GRADIENT),
+    "sum": ({"reduction": "sum"}, torch.float32, WITH_GRADIENT),
     "weight": ({"weight": torch.rand(5)}, torch.float32, WITH_GRADIENT),
     "extras": (
         {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.01, "on_empty": "zero"},
@@ -462,6 +601,7 @@ COMPILED_CLASSES: dict[str, tuple[dict[str, Any], torch.dtype, set[str]]] = {
     "lse": ({"stats": ("lse",)}, torch.float32, IN_BACKWARD),
     "none": ({"reduction": "none"}, torch.float32, IN_BACKWARD),
     "float16": ({}, torch.float16, IN_BACKWARD),
+    "bfloat16": ({}, torch.bfloat16, IN_BACKWARD),
 }
 
 
@@ -570,7 +710,7 @@ def test_compile_module_around_a_model(device: str) -> None:
         assert loss.dtype == torch.float32
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(*found)
-    assert graphs.ops() == {"_bce_with_gradient"}
+    assert graphs.ops() == {"_bce", "_bce_backward"}
 
 
 def test_compile_normalizer_of_the_shape(device: str) -> None:
@@ -580,6 +720,17 @@ def test_compile_normalizer_of_the_shape(device: str) -> None:
     for rows in (4, 7):
         x, t = make_input(LOGITS, (rows, 5)).to(device), make_target((rows, 5)).to(device)
         torch.testing.assert_close(compiled(x, t), bce_with_logits(x, t, normalizer=rows))
+
+
+def test_compile_normalizers_that_differ(device: str) -> None:
+    """As the number of tokens does from step to step: it is no constant of the code."""
+    x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
+    graphs = Graphs()
+    for loss in (bce_with_logits, cross_entropy):
+        compiled = graphs.compile(lambda x, t, n, loss=loss: loss(x, t, normalizer=n))
+        for n in range(17, 29):
+            torch.testing.assert_close(compiled(x, t, n), loss(x, t, normalizer=n))
+    assert len(graphs.code) <= 4  # of one number, and of any
 
 
 def test_compile_of_grad(device: str) -> None:
@@ -674,7 +825,7 @@ def test_opcheck(form: int, reduction: int, device: str) -> None:
     if reduction:
         torch.library.opcheck(OPS._bce_with_gradient.default, (torch.empty_like(x), *dense))
     torch.library.opcheck(
-        OPS._bce_backward.default, (torch.empty_like(x), upstream.to(device), *dense)
+        OPS._bce_backward.default, (torch.empty_like(x), False, upstream.to(device), *dense)
     )
 
 
@@ -697,7 +848,7 @@ def test_opcheck_of_classes(mode: str, reduction: int, outputs: int, device: str
         upstream = torch.ones(rows if reduction == 0 else ()).to(device)
         of_rows = torch.rand(rows).to(device) if outputs else None
         lse = torch.logsumexp(30 * torch.tanh(x * 0.5 / 30), 1 if len(shape) > 1 else 0)
-        backward = (torch.empty_like(x), upstream, of_rows, of_rows, lse, None, *arguments)
+        backward = (torch.empty_like(x), False, upstream, of_rows, of_rows, lse, None, *arguments)
         torch.library.opcheck(OPS._softmax_ce_backward.default, backward)
 
 
@@ -754,8 +905,14 @@ def test_export_of_classes(strict: bool, device: str) -> None:
     )
     assert "fused_ce._softmax_ce.default" in exported.graph_module.code
     more_x, more_t = torch.cat([x, x]), torch.cat([t, t])
-    for found, right in zip(exported.module()(more_x, more_t), module(more_x, more_t), strict=True):
-        torch.testing.assert_close(found, right)
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    right, right_stats = module(more_x, more_t)
+    for program in (exported, torch.export.load(buffer)):
+        loss, stats = program.module()(more_x, more_t)
+        torch.testing.assert_close(loss, right)
+        assert torch.equal(stats.correct, right_stats.correct)
 
 
 class WithLoss(nn.Module):
@@ -981,3 +1138,45 @@ def test_cuda_graph_of_classes(classes: int, dtype: torch.dtype) -> None:
         lambda x, t: cross_entropy(x, t, label_smoothing=0.1),
         lambda: (torch.randn(33, classes).to(dtype), torch.randint(classes, (33,))),
     )
+
+
+def _losses_of_distributed_tensors(rank: int, folder: str) -> None:
+    from torch.distributed import tensor as distributed
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    x, soft, labels = torch.randn(4, 6), torch.rand(4, 6), torch.tensor([5, 0, 2, -100])
+    rows, classes, copied = distributed.Shard(0), distributed.Shard(1), distributed.Replicate()
+    cases: list[tuple[Form, Tensor, dict[str, Any]]] = [
+        (LOGITS, soft, {}),
+        (LOGITS, soft, {"inplace_backward": True}),
+        (FOCAL, soft, {}),
+        (SOFTMAX, soft, {"z_loss": 0.1}),
+        (SOFTMAX, labels, {"ignore_index": -100}),
+    ]
+    for form, t, options in cases:
+        for placement in (rows, classes, copied):
+            of_target = copied if t is labels and placement is classes else placement
+            for reduction in REDUCTIONS:
+                leaf = distributed.distribute_tensor(x, mesh, [placement]).detach()
+                loss = form.ours(
+                    leaf.requires_grad_() * 1,
+                    distributed.distribute_tensor(t, mesh, [of_target]),
+                    reduction=reduction,
+                    **options,
+                )
+                loss.sum().backward()
+                plain = {k: v for k, v in options.items() if k != "inplace_backward"}
+                right = run(form.ours, x, t, reduction=reduction, **plain)
+                torch.testing.assert_close(loss.full_tensor(), right.loss)
+                torch.testing.assert_close(leaf.grad.full_tensor(), right.gradient)
+    torch.distributed.destroy_process_group()
+
+
+# Torch's own operations are what is sharded, so the CPU speaks for all devices.
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_distributed_tensors(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_losses_of_distributed_tensors, (str(tmp_path),), nprocs=2)

@@ -234,9 +234,8 @@ struct RowWise {
             sums.entropy + part.entropy};
   }
 
-  // The same, where what rounding takes from the sums that the gradient is made of goes to `lost`:
-  // over many classes it would be most of the gradient's error. The first part has nothing to lose
-  // to.
+  // The same, where what rounding takes from the sums goes to `lost`: over many classes it would be
+  // most of the error. The first part has nothing to lose to.
   static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part,
                                SoftmaxSums<V>& lost, bool is_first) {
     SoftmaxSums<V> all = sum_of(sums, part);
@@ -248,18 +247,18 @@ struct RowWise {
       lost.exponentials += rounding(sums.exponentials, part.exponentials, all.exponentials);
       if constexpr (kHasTerms) {
         lost.coefficients += rounding(sums.coefficients, part.coefficients, all.coefficients);
+        lost.cost += rounding(sums.cost, part.cost, all.cost);
+        lost.entropy += rounding(sums.entropy, part.entropy, all.entropy);
       }
     }
     return all;
   }
   // Beside an infinite sum what was lost is NaN, and says nothing.
   static SoftmaxSums<V> with_lost(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& lost) {
-    SoftmaxSums<V> all = sum_of(sums, lost);
-    all.exponentials =
-        lost.exponentials == lost.exponentials ? all.exponentials : sums.exponentials;
-    all.coefficients =
-        lost.coefficients == lost.coefficients ? all.coefficients : sums.coefficients;
-    return all;
+    auto add = [](V sum, V part) { return part == part ? sum + part : sum; };
+    return {sums.reference, add(sums.exponentials, lost.exponentials),
+            add(sums.coefficients, lost.coefficients), add(sums.cost, lost.cost),
+            add(sums.entropy, lost.entropy)};
   }
 
   // Classes c + first .. c + last, whose coefficients are read one class at a time.

@@ -23,6 +23,7 @@ struct FlatParams {
   void* loss;                // [numel] or null
   void* gradient;            // [numel] or null; may be `input`
   TypedPointer upstream;     // [1] or null
+  TypedPointer unless_one;   // [1] or null: an upstream gradient, with nothing to do where it is 1
   TypedPointer loss_scalar;  // [1] or null
   BceWorkspace workspace;
   int64_t numel;
@@ -46,6 +47,7 @@ __global__ void FUSED_CE_FLAT_BOUNDS flat_kernel(const __grid_constant__ FlatPar
   constexpr bool kSums = kOutput == Output::kSum || kOutput == Output::kSumAndGradient;
   constexpr bool kWritesGradient =
       kOutput == Output::kGradient || kOutput == Output::kSumAndGradient;
+  if (kOutput == Output::kGradient && is_done(p.unless_one)) return;
   const Inputs* inputs = static_cast<const Inputs*>(p.input);
   const Targets* targets = static_cast<const Targets*>(p.target);
   float scale = p.scale;
@@ -175,7 +177,7 @@ __device__ __forceinline__ void for_each_group(int64_t numel, F f) {
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ BceKernelParams p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.workspace.ticket = 0;
-  if (!p.counts_kept) return;
+  if (!p.counts_kept || is_done(p.unless_one)) return;
   int64_t kept = 0;
   for_each_group<8>(p.space.numel, [&]<int kCount>(int64_t at) {
     float targets[kCount];
@@ -207,6 +209,7 @@ template <class Real, int kGroup, class T, class Target, Precision kPrecision, B
 __global__ void __launch_bounds__(kThreads, kBlocks<kForms...>)
     group_kernel(const __grid_constant__ BceKernelParams p) {
   constexpr bool kFlat = !std::is_same_v<T, Any>;
+  if (is_done(p.unless_one)) return;
   double denominator = p.denominator;
   if (p.counts_kept) {
     int64_t kept = 0;
@@ -423,19 +426,25 @@ bool is_typed(const BceArguments& a, const BceKernelParams& p) {
               like(p.loss) && like(p.pos_weight);
   for (int k = 0; k < p.factors_count; ++k) good = good && like(p.factors[k]);
   bool same = p.target.dtype == p.input.dtype || is_byte(p.target.dtype);
-  // Half types with a float32 loss have float32 targets.
-  bool mixed = p.target.dtype == Dtype::kFloat32 && p.form != BceForm::kProbability;
-  return good && (a.half_precision || p.input.dtype == Dtype::kFloat32 ? same : mixed);
+  if (a.half_precision || p.input.dtype == Dtype::kFloat32) return good && same;
+  return good && p.form != BceForm::kProbability && (same || p.target.dtype == Dtype::kFloat32);
 }
 
 template <class T>
 void launch_half(const BceArguments& a, const BceKernelParams& p, int blocks, cudaStream_t stream) {
-  if (!a.half_precision) {
+  auto launch = [&]<Precision kPrecision>() {
+    if (is_byte(p.target.dtype)) {
+      launch_typed<T, uint8_t, kPrecision>(p, blocks, stream);
+    } else {
+      launch_typed<T, T, kPrecision>(p, blocks, stream);
+    }
+  };
+  if (a.half_precision) {
+    launch.template operator()<Precision::kHalf>();
+  } else if (p.target.dtype == Dtype::kFloat32) {
     launch_typed<T, float, Precision::kFull>(p, blocks, stream);
-  } else if (is_byte(p.target.dtype)) {
-    launch_typed<T, uint8_t, Precision::kHalf>(p, blocks, stream);
   } else {
-    launch_typed<T, T, Precision::kHalf>(p, blocks, stream);
+    launch.template operator()<Precision::kFull>();
   }
 }
 
@@ -494,6 +503,7 @@ void launch_bce(const BceArguments& a, const BcePlan& plan, void* workspace, Rep
   p.loss = cuda_operand(reduces ? Operand{} : a.loss, a.space);
   p.loss_scalar = {reduces ? a.loss.data : nullptr, a.loss.dtype};
   p.normalizer = {a.normalizer.data, a.normalizer.dtype};
+  p.unless_one = {a.is_written ? a.upstream.data : nullptr, a.upstream.dtype};
   p.workspace = carve(workspace, plan.blocks);
   p.report = report;
   p.form = a.form;
@@ -522,6 +532,7 @@ void launch_bce(const BceArguments& a, const BcePlan& plan, void* workspace, Rep
                     p.loss.data,
                     a.gradient.data,
                     {a.upstream.data, a.upstream.dtype},
+                    p.unless_one,
                     p.loss_scalar,
                     p.workspace,
                     a.space.numel,

@@ -22,6 +22,7 @@ struct BceKernelParams {
   int factors_count;
   CudaOperand factors[3];    // [factors_count], each [*space]: what multiplies loss and gradient
   TypedPointer normalizer;   // [1] or null
+  TypedPointer unless_one;   // [1] or null: an upstream gradient, with nothing to do where it is 1
   TypedPointer loss_scalar;  // [1] or null: where the reduced loss goes
   BceWorkspace workspace;
   Report* report;  // [1] host-mapped; receives the first probability outside [0, 1]

@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <tuple>
 
 // Torch's CUDA library has this symbol. A CPU build of torch does not, and must still load the
 // extension.
@@ -54,10 +55,48 @@ DeviceLimits device_limits(int32_t device_index) {
     check(cudaDeviceGetAttribute(&value, which, device_index));
     return value;
   };
-  return known[device_index] = {attribute(cudaDevAttrMultiProcessorCount),
-                                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                                attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+  return known[device_index] = {
+             attribute(cudaDevAttrMultiProcessorCount),
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+             attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled_architecture() >= 90};
+}
+
+int resident_blocks(const void* kernel, int shared_bytes, int cluster, int blocks) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int>, int> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  int device;
+  check(cudaGetDevice(&device));
+  auto [found, is_new] = known.try_emplace({device, kernel, shared_bytes, cluster}, 0);
+  int& resident = found->second;
+  if (is_new) {
+    DeviceLimits limits = device_limits(device);
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    // The limit is the kernel's, for all threads of the program: always the highest one, since a
+    // launch of another thread may be under way.
+    int most = limits.shared_memory - static_cast<int>(attributes.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    if (cluster > 1) {
+      cudaLaunchAttribute shape{};
+      shape.id = cudaLaunchAttributeClusterDimension;
+      shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(cluster);
+      config.blockDim = dim3(kThreads);
+      config.dynamicSmemBytes = shared_bytes;
+      config.attrs = &shape;
+      config.numAttrs = 1;
+      check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
+      resident *= cluster;
+    } else {
+      check(
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared_bytes));
+      resident *= limits.multiprocessors;
+    }
+  }
+  return resident > 0 && resident < blocks ? resident : blocks;
 }
 
 int multiprocessors(int32_t device_index) { return device_limits(device_index).multiprocessors; }
@@ -69,7 +108,14 @@ Report* shared_report() {
   std::lock_guard<std::mutex> lock(mutex);
   if (report_memory == nullptr) {
     void* memory;
-    check(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocMapped | cudaHostAllocPortable));
+    // A capture, here or on another thread, otherwise forbids to allocate. The memory is not part
+    // of the graph.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    cudaError_t error =
+        cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocMapped | cudaHostAllocPortable);
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    check(error);
     *static_cast<Report*>(memory) = Report{};
     report_memory = static_cast<Report*>(memory);
   }

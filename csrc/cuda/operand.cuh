@@ -246,6 +246,11 @@ __device__ __forceinline__ Real load(TypedPointer from, int64_t offset) {
   return value;
 }
 
+// Whether there is nothing to do, since the gradient is that of this upstream gradient.
+__device__ __forceinline__ bool is_done(TypedPointer unless_one) {
+  return unless_one.data != nullptr && load<double>(unless_one, 0) == 1.0;
+}
+
 template <class Real>
 __device__ __forceinline__ Real load(const CudaOperand& operand, const CudaSpace& space,
                                      int64_t index) {

@@ -5,9 +5,10 @@
 
 #include <type_traits>
 
+#include "limits.h"
+
 namespace fused_ce {
 
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 // The value of the lane whose number differs by `kDistance` alone, a power of two.

@@ -20,14 +20,15 @@ struct Report {
 // Leaves the first piece of bad input; later ones are dropped.
 __device__ __forceinline__ void write_report(Report* report,  // [1] host-mapped
                                              const Report& record) {
-  if (atomicCAS(&report->state, 0u, 1u) != 0u) return;
+  // All devices, and the host, share the record.
+  if (atomicCAS_system(&report->state, 0u, 1u) != 0u) return;
   report->kind = record.kind;
   report->index = record.index;
   report->rows = record.rows;
   report->label = record.label;
   report->value = record.value;
   __threadfence_system();
-  atomicExch(&report->state, 2u);
+  atomicExch_system(&report->state, 2u);
 }
 #endif
 

@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 || kPlain || !kGradient ?
     spread_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   using Rows = Group<T, kRows>;
+  if (kGradient && !kPlain && is_done(p.unless_one)) return;
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 || kPlain || !kGradient ?
     bool reads = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      targets[r] = load_target<float, kPlain>(p, row + r);
+      targets[r] = load_target<float, kPlain>(p, row + r, true);
       reads |= targets[r].is_kept || reads_all;
     }
     const int64_t offset = row_offset(p.input, p.rows, row);
@@ -162,6 +163,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   // after each. Of the numbers of classes that an instance takes only the largest may be one.
   constexpr bool kMayPad = (kPerLane & (kPerLane - 1)) == 0;
   __shared__ alignas(16) T tile[kThreads * kPerLane + (kMayPad ? kRows * kCount : 0)];
+  if (kGradient && !kPlain && is_done(p.unless_one)) return;
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int place = exists ? threadIdx.x / kGroup : rows - 1;
     int64_t row = first + place;
     T* const mine = tile + place * row_stride + lane;  // every kGroup-th is this lane's
-    RowTarget<float> target = load_target<float, kPlain>(p, row);
+    RowTarget<float> target = load_target<float, kPlain>(p, row, lane == 0);
     const int label = static_cast<int>(target.label);
     bool reads = target.is_kept || (!kPlain && p.reads_all);
     const int end = classes - lane;
@@ -309,6 +311,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kRows = 8 / sizeof(T);
   using Vector = Group<T, 2 * kRows>;
+  if (kGradient && !kPlain && is_done(p.unless_one)) return;
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   float loss = 0;
@@ -332,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   };
   // The gradients take the place of the logits.
   auto evaluate = [&](int64_t row, float& x0, float& x1) {
-    RowTarget<float> target = load_target<float>(p, row);
+    RowTarget<float> target = load_target<float>(p, row, true);
     SoftmaxRow<float> result{};
     float g0 = 0, g1 = 0;
     if (target.is_kept || p.reads_all) {

@@ -20,7 +20,7 @@ template <bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ SoftmaxCeParams p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.workspace.ticket = 0;
-  if (!p.sums_weights) return;
+  if (!p.sums_weights || is_done(p.unless_one)) return;
   double weights = 0;
   int kept = 0;
   int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Largest<Real> top, top_target;
   };
   __shared__ Shared shared[2][kWarps];
+  if (is_done(p.unless_one)) return;
   const Scale factors = load_scale(p);
   const Real scale = static_cast<Real>(factors.inverse);
   Real loss = 0;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     RowTarget<Real> target{-1, 0, 0, false};
     Real label_logit = 0;
     if (exists) {
-      target = load_target<Real>(p, row);
+      target = load_target<Real>(p, row, lane == 0);
       r.input = row_offset(p.input, p.rows, row);
       if (p.has_probabilities) r.target = row_offset(p.target, p.rows, row);
       if (p.gradient.data != nullptr) r.gradient = row_offset(p.gradient, p.rows, row);
@@ -130,13 +131,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool reads = exists && (target.is_kept || p.reads_all);
 
     Sums sums = Sums::none();
-    // A thread may add up a whole row, class by class. What rounding takes from the sums that the
-    // gradient is made of would be most of the gradient's error: it is added in the end. It is
-    // found exactly where no term is negative.
-    Real lost_exponentials = 0, lost_coefficients = 0;
+    // A thread may add up a whole row, class by class. What rounding takes from the sums would be
+    // most of the error: it is added in the end.
+    Real lost_exponentials = 0, lost_coefficients = 0, lost_cost = 0;
     auto add = [](Real& sum, Real& lost, Real term) {
-      Real all = sum + term;
-      lost += fmin(sum, term) - (all - fmax(sum, term));
+      Real all = sum + term, added = all - sum;
+      lost += (sum - (all - added)) + (term - added);
       sum = all;
     };
     auto settle = [](Real& sum, Real& lost) {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (p.has_coefficients) {
         Real b = r.coefficient(c);
         add(sums.coefficients, lost_coefficients, b);
-        sums.cost -= b * shifted;
+        add(sums.cost, lost_cost, -b * shifted);
       }
       if (wants_top) top.offer(l.raw, c);
       if (wants_target) top_target.offer(r.probability(c), c);
@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     settle(sums.exponentials, lost_exponentials);
     settle(sums.coefficients, lost_coefficients);
+    settle(sums.cost, lost_cost);
 
     auto combine = [&]<int kWidth>() {
       sums.template combine<kWidth>(p.has_coefficients);
@@ -374,6 +375,12 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
   return plan;
 }
 
+int compiled_architecture() {
+  cudaFuncAttributes attributes{};
+  cudaFuncGetAttributes(&attributes, prepare_kernel<true>);
+  return attributes.ptxVersion;
+}
+
 void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, void* workspace,
                        Report* report, cudaStream_t stream) {
   SoftmaxCeParams p;
@@ -399,6 +406,7 @@ void launch_softmax_ce(const SoftmaxCeArguments& a, const SoftmaxCePlan& plan, v
   p.normalizer = {a.reduction == Reduction::kMean ? a.normalizer.data : nullptr,
                   a.normalizer.dtype};
   p.loss_scalar = {reduces(a) ? a.loss.data : nullptr, a.loss.dtype};
+  p.unless_one = {a.is_written ? a.grad_loss.data : nullptr, a.grad_loss.dtype};
   p.workspace = carve(workspace, plan);
   p.report = report;
   p.has_probabilities = a.has_probabilities;

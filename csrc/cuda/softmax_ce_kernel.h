@@ -34,6 +34,7 @@ struct SoftmaxCeParams {
   TypedPointer weight;                                                  // [classes] or null
   TypedPointer normalizer;                                              // [1] or null
   TypedPointer loss_scalar;  // [1] or null: where the reduced loss goes
+  TypedPointer unless_one;   // [1] or null: an upstream gradient, with nothing to do where it is 1
   SoftmaxCeWorkspace workspace;
   Report* report;  // [1] host-mapped; receives the first label out of bounds
 

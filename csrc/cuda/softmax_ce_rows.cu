@@ -295,6 +295,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   extern __shared__ uint4 memory[];  // [groups of a block, logits and probabilities, kept_vectors]
   __shared__ Exchange<Sums> exchange;
   __shared__ int found[2][2];  // of this row or the last one: the largest logit, the probability
+  if (kGradient && is_done(p.unless_one)) return;
 
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   const int lane = threadIdx.x % kGroup;
   Vector* kept = reinterpret_cast<Vector*>(memory);
   kept += threadIdx.x / kGroup * (has_probabilities ? 2 : 1) * kept_vectors;
-  bool is_leader = lane == 0 && rank == 0;
+  const bool is_leader = lane == 0 && rank == 0;
   int parity = 0;
   float loss = 0;
 
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   for (int64_t row = first; row - ahead < p.rows.numel; row += step) {
     const bool exists = kGroup >= 32 || row < p.rows.numel;
     RowTarget<float> target{-1, 0, 0, false};
-    if (exists) target = load_target<float>(p, row);
+    if (exists) target = load_target<float>(p, row, is_leader);
     const int label = static_cast<int>(target.label);
     bool reads = exists && (target.is_kept || p.reads_all);
     const T* x = static_cast<const T*>(p.input.data);
@@ -487,7 +488,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
         right = find(targets_at, probability_at, target_peak, sums.top_target, found[parity] + 1);
       }
     }
-    parity ^= 1;
+    if (reads) parity ^= 1;  // with the barriers, which rows that are not read pass by
     if constexpr (!kWeighted) {
       sums.coefficients *= share;
       sums.cost *= share;
@@ -593,9 +594,6 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
 template <class Kernel>
 void launch_row(Kernel kernel, const SoftmaxCeParams& p, const SoftmaxCePlan& plan,
                 cudaStream_t stream) {
-  if (plan.shared_bytes > 40 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.blocks);
   config.blockDim = dim3(kThreads);
@@ -607,13 +605,7 @@ void launch_row(Kernel kernel, const SoftmaxCeParams& p, const SoftmaxCePlan& pl
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = plan.cluster > 1;
-  if (plan.cluster > 1) {
-    int clusters = 0;
-    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    config.gridDim = dim3(fewer(clusters * plan.cluster, plan.blocks));
-  } else {
-    config.gridDim = dim3(resident_blocks(kernel, plan));
-  }
+  config.gridDim = dim3(resident_blocks(kernel, plan));
   cudaLaunchKernelEx(&config, kernel, p, plan.kept_vectors);
 }
 

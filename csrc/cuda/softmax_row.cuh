@@ -170,11 +170,13 @@ __device__ __forceinline__ int64_t load_label(const void* labels,  // [*rows]
   }
 }
 
+// `reports`: whether this thread is the one of the row's that reports a bad label.
 // With kPlain, here and below, there are but int64 labels and the reduced loss: no weights,
 // smoothing, scale, statistics or gradient from above. On rows of a few classes the checks for
 // these would cost as much as the arithmetic.
 template <class Real, bool kPlain = false>
-__device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p, int64_t row) {
+__device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p, int64_t row,
+                                                       bool reports) {
   RowTarget<Real> target{-1, Real(0), Real(1), true};
   if (kPlain || !p.has_probabilities) {
     int64_t label =
@@ -184,7 +186,7 @@ __device__ __forceinline__ RowTarget<Real> load_target(const SoftmaxCeParams& p,
     bool is_valid = static_cast<uint64_t>(label) < static_cast<uint64_t>(p.classes);
     target.label = is_valid && target.is_kept ? label : -1;
     target.weight = is_valid ? (kPlain ? Real(1) : constants<Real>(p).keep) : quiet_nan<Real>();
-    if (!is_valid && target.is_kept) {
+    if (!is_valid && target.is_kept && reports) {
       write_report(p.report, {0, Report::kLabel, row, p.rows.numel, label, 0});
     }
     if (!kPlain && !target.is_kept) {
@@ -338,18 +340,10 @@ __device__ __forceinline__ void reduce_loss(const SoftmaxCeParams& p, Real loss,
   }
 }
 
-// `blocks`, or those that are resident where that is known and less.
-inline int fewer(int resident, int blocks) {
-  return resident > 0 && resident < blocks ? resident : blocks;
-}
-
-// As many blocks as the plan has, or as fit on the device at once: each goes on to further rows,
-// and those that had to wait would do theirs when the others are done.
 template <class Kernel>
 int resident_blocks(Kernel kernel, const SoftmaxCePlan& plan) {
-  int resident = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared_bytes);
-  return fewer(resident * plan.multiprocessors, plan.blocks);
+  return resident_blocks(reinterpret_cast<const void*>(kernel), plan.shared_bytes, plan.cluster,
+                         plan.blocks);
 }
 
 }  // namespace fused_ce

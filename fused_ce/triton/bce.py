@@ -25,6 +25,7 @@ from fused_ce.reference import MEAN, NONE
 from fused_ce.triton.common import (
     Operand,
     cast,
+    is_done,
     load,
     mean_divisor,
     operands,
@@ -108,7 +109,8 @@ def _probability(p, a, t):
     log_p = tl.where(log_p < -100.0, -100.0, log_p)  # not tl.maximum, which drops NaN
     log_q = tl.where(log_q < -100.0, -100.0, log_q)
     variance = p * q
-    variance = tl.where(variance < 1e-12, 1e-12, variance)
+    least = 9.999999960041972e-13  # float32's 1e-12, which torch has in float64, too
+    variance = tl.where(variance < least, least, variance)
     return -(t * log_p + a * log_q), (p - t) / variance
 
 
@@ -173,6 +175,7 @@ def _is_kept(target, ignore_index):
 def _count(
     target,
     counts,
+    unless_one,
     numel,
     iterations,
     sizes,
@@ -183,6 +186,8 @@ def _count(
 ):
     """counts[program] = how many of this program's targets are not ignored."""
     kept = tl.zeros([BLOCK], tl.int32)
+    if is_done(unless_one):
+        iterations = 0
     for i in range(iterations):
         index = _indices(i, iterations, ALIGNED, INDEX, BLOCK)
         mask = index < numel
@@ -200,6 +205,7 @@ def _elements(
     sample_weight,  # operand or None: multiplies as `weight` does
     upstream,  # operand or None: what the gradient is multiplied by
     gradient,  # operand or None: written; may be the input itself
+    unless_one,  # pointer or None: an upstream gradient, with nothing to do where it is 1
     loss,  # operand or None: written, one loss per element
     sums,  # [programs] or None: written, one partial sum per program
     counts,  # [counters] or None: elements that are not ignored; read for a gradient, else written
@@ -227,6 +233,8 @@ def _elements(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
+    if is_done(unless_one):
+        iterations = 0
     smooth_scale = tl.full([], smooth_scale, COMPUTE)
     smooth_shift = tl.full([], smooth_shift, COMPUTE)
     alpha = tl.full([], alpha, COMPUTE)
@@ -360,6 +368,7 @@ def _grid(numel: int, limit: int) -> tuple[int, int]:
 
 def _run(
     gradient: Tensor | None,
+    written: bool,
     grad_output: Tensor | None,
     input: Tensor,
     target: Tensor,
@@ -377,7 +386,8 @@ def _run(
     denominator: float | None = None,
     zero_on_empty: bool = False,
 ) -> Tensor | None:
-    """Fills `gradient`, if given; returns the loss, unless there is a `grad_output`."""
+    """Fills `gradient`, if given; returns the loss, unless there is a `grad_output`. If `written`
+    it is filled unless `grad_output` is 1."""
     compute = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32
     numel = input.numel()
     programs, iterations = counters, count_iterations = _grid(numel, PROGRAMS)
@@ -404,19 +414,23 @@ def _run(
         "denominator": float(denominator or 0.0),
         "ZERO_ON_EMPTY": zero_on_empty,
     }
+    unless_one = grad_output if written else None
     (out_gradient, out_loss, x, t, *factors), sizes, indexing = _operands(
         input.shape,
         [gradient, elements, input, target, weight, pos_weight, sample_weight, grad_output],
     )
     with torch.accelerator.device_index(input.device.index):
         if numel and counts is not None and gradient is not None:
-            _count[(counters,)](t, counts, numel, count_iterations, sizes, ignore_index, **indexing)
+            _count[(counters,)](
+                t, counts, unless_one, numel, count_iterations, sizes, ignore_index, **indexing
+            )
         if numel:
             _elements[(programs,)](
                 x,
                 t,
                 *factors,
                 out_gradient,
+                unless_one,
                 out_loss,
                 sums,
                 numel=numel,
@@ -444,12 +458,12 @@ def _run(
 
 def bce(*arguments: Any) -> Tensor | None:
     """The op `_bce`."""
-    return _run(None, None, *arguments)
+    return _run(None, False, None, *arguments)
 
 
 def bce_with_gradient(gradient: Tensor, *arguments: Any) -> Tensor | None:
     """The op `_bce_with_gradient`."""
-    return _run(gradient, None, *arguments)
+    return _run(gradient, False, None, *arguments)
 
 
 def bce_backward(*arguments: Any) -> None:

@@ -95,6 +95,14 @@ def store(operand, index, sizes, mask, value):
 
 
 @triton.jit
+def is_done(unless_one):
+    if unless_one is None:
+        return False
+    else:
+        return tl.load(unless_one) == 1.0
+
+
+@triton.jit
 def mean_divisor(counts, counters, normalizer, denominator, LENGTH: tl.constexpr):
     """What a mean divides by: the sum of counts, a number on the device or an argument."""
     if counts is not None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from fused_ce.reference import CORRECT, ENTROPY, LSE, MEAN, NONE, PREDICTION
 from fused_ce.triton.common import (
     cast,
+    is_done,
     load,
     log_of_normal,
     mean_divisor,
@@ -340,6 +341,7 @@ def _rows(
     input,  # operand: of class 0 of every row, as gradient and probabilities
     target,  # operand: labels or probabilities
     gradient,  # operand or None: written; may be the input itself
+    unless_one,  # pointer or None: an upstream gradient, with nothing to do where it is 1
     sample_weight,  # operand or None
     grad_loss,  # operand or None: what multiplies the loss's gradient
     grad_lse,  # operand or None
@@ -414,6 +416,8 @@ def _rows(
             inverse = tl.where(divisor == 0.0, float("nan"), inverse)
 
     losses = tl.zeros([ROWS], COMPUTE)
+    if is_done(unless_one):
+        tiles = 0
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tl.full([], i, INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)
         exists = row < rows
@@ -576,7 +580,9 @@ def _class_dimension(input: Tensor) -> int:
     return 1 if input.dim() > 1 else 0
 
 
-def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, Any], int]:
+def _layout(
+    tensors: list[Tensor], weight_step: int, classes: int, rows: int
+) -> tuple[dict[str, Any], int]:
     """How tiles cut the logits, which come first among the tensors with classes; and how many warps
     a program has. Each warp has rows of its own, unless there is just one row."""
     input = tensors[0]
@@ -606,7 +612,7 @@ def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, A
         and all(s == 1 for s in steps)
         and all(t.stride() == input.stride() for t in tensors)
     )
-    farthest = max(steps) * max(classes, block) + block
+    farthest = max(weight_step, *steps) * max(classes, block) + block
     layout = {
         "UNIT": UNIT if shifted else unit,
         # A lane for each element that the threads have at once: of fewer, several warps would hold
@@ -623,6 +629,7 @@ def _layout(tensors: list[Tensor], classes: int, rows: int) -> tuple[dict[str, A
 
 def _run(
     gradient: Tensor | None,
+    written: bool,
     grads: tuple[Tensor | None, ...],
     outputs: int,
     input: Tensor,
@@ -641,7 +648,8 @@ def _run(
     zero_on_empty: bool = False,
 ) -> tuple[Tensor, ...]:
     """Fills `gradient`, if given, and returns the results of the ops; or none where there are
-    `grads`, of loss, lse and entropy, which backward has."""
+    `grads`, of loss, lse and entropy, which backward has. If `written` it is filled unless that of
+    the loss is 1."""
     in_double = torch.float64 in (input.dtype, dtype)
     compute = torch.float64 if in_double else torch.float32
     dim = _class_dimension(input)
@@ -662,7 +670,8 @@ def _run(
         for is_wanted, kind in zip(wanted, kinds, strict=True)
     ]
     with_classes = [t for t in (input, target if soft else None, gradient) if t is not None]
-    layout, warps = _layout(with_classes, classes, rows)
+    weight_step = 0 if weight is None else weight.stride(0)
+    layout, warps = _layout(with_classes, weight_step, classes, rows)
     tiles = triton.cdiv(rows, layout["ROWS"])
     programs = max(1, triton.cdiv(tiles, triton.cdiv(tiles, WARPS // warps) or 1))
     result = sums = counts = None
@@ -702,7 +711,6 @@ def _run(
             *map(of_rows, by_row),
         ],
     )
-    weight_step = 0 if weight is None else weight.stride(0)
     shared = {
         "weight": weight,
         "ticket": ticket,
@@ -724,7 +732,9 @@ def _run(
             )
         if rows or result is not None:
             _rows[(programs,)](
-                *places,
+                *places[:3],
+                grads[0] if written else None,
+                *places[3:],
                 steps=(
                     input.stride(dim),
                     target.stride(dim) if soft else 0,
@@ -768,18 +778,18 @@ def _run(
 
 def softmax_ce(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `_softmax_ce`."""
-    return _run(None, (), *arguments)
+    return _run(None, False, (), *arguments)
 
 
 def softmax_ce_with_gradient(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The op `_softmax_ce_with_gradient`."""
-    return _run(gradient, (), *arguments)
+    return _run(gradient, False, (), *arguments)
 
 
-def softmax_ce_backward(gradient: Tensor, *arguments: Any) -> None:
+def softmax_ce_backward(gradient: Tensor, written: bool, *arguments: Any) -> None:
     """The op `_softmax_ce_backward`."""
     *grads, _lse, _entropy = arguments[:5]
-    _run(gradient, tuple(grads), 0, *arguments[5:])
+    _run(gradient, written, tuple(grads), 0, *arguments[5:])
 
 
 OPS: dict[str, Callable[..., Any]] = {
