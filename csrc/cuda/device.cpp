@@ -68,9 +68,9 @@ int resident_blocks(const void* kernel, int shared_bytes, int cluster, int block
   std::lock_guard<std::mutex> lock(mutex);
   int device;
   check(cudaGetDevice(&device));
-  auto [found, is_new] = known.try_emplace({device, kernel, shared_bytes, cluster}, 0);
-  int& resident = found->second;
-  if (is_new) {
+  auto key = std::make_tuple(device, kernel, shared_bytes, cluster);
+  auto found = known.find(key);
+  if (found == known.end()) {
     DeviceLimits limits = device_limits(device);
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, kernel));
@@ -78,6 +78,7 @@ int resident_blocks(const void* kernel, int shared_bytes, int cluster, int block
     // launch of another thread may be under way.
     int most = limits.shared_memory - static_cast<int>(attributes.sharedSizeBytes);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    int count;
     if (cluster > 1) {
       cudaLaunchAttribute shape{};
       shape.id = cudaLaunchAttributeClusterDimension;
@@ -88,14 +89,15 @@ int resident_blocks(const void* kernel, int shared_bytes, int cluster, int block
       config.dynamicSmemBytes = shared_bytes;
       config.attrs = &shape;
       config.numAttrs = 1;
-      check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
-      resident *= cluster;
+      check(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+      count *= cluster;
     } else {
-      check(
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared_bytes));
-      resident *= limits.multiprocessors;
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kThreads, shared_bytes));
+      count *= limits.multiprocessors;
     }
+    found = known.emplace(key, count).first;
   }
+  int resident = found->second;
   return resident > 0 && resident < blocks ? resident : blocks;
 }
 
