@@ -201,7 +201,9 @@ __device__ __forceinline__ void with_form(BceForm form, F f) {
 
 // Blocks that a multiprocessor shall hold: what the registers allow without spilling.
 template <BceForm... kForms>
-constexpr int kBlocks = ((kForms == BceForm::kFocal) || ...) ? 3 : 4;
+constexpr int kBlocks = sizeof...(kForms) > 1                  ? 2
+                        : ((kForms == BceForm::kFocal) || ...) ? 3
+                                                               : 4;
 
 // T and Target are the types of logits and targets where all operands but weights lie flat and
 // aligned, else Any.
