@@ -1031,7 +1031,16 @@ def bce_parameters(dtype: str) -> dict[str, Any]:
         "input": flat,
         "target": flat,
         **dict.fromkeys(
-            ("weight", "pos_weight", "sample_weight", "upstream", "gradient", "loss", "sums")
+            (
+                "weight",
+                "pos_weight",
+                "sample_weight",
+                "upstream",
+                "gradient",
+                "unless_one",
+                "loss",
+                "sums",
+            )
         ),
         **BCE_MEAN,
         **dict.fromkeys(("numel", "iterations"), "i32"),
@@ -1071,6 +1080,7 @@ def test_compiles(dtype: str, capability: int) -> None:
         "input": wide,
         "target": ("*u8", ("i32", "i64")),
         "gradient": wide,
+        "unless_one": "*bf16",
         "counts": "*i32",
         "numel": "i64",
         "sizes": ("i32",),
@@ -1089,6 +1099,7 @@ def test_compiles(dtype: str, capability: int) -> None:
         ops._count,
         target=flat,
         counts="*i32",
+        unless_one="*fp32",
         numel="i32",
         iterations="i32",
         sizes=(),
@@ -1146,9 +1157,7 @@ def test_compiles_with_one_option(option: dict[str, Any]) -> None:
 
 def ce_parameters(dtype: str) -> dict[str, Any]:
     """Of the kernel of contiguous rows, with no option; how rows are cut is left open."""
-    operands = (
-        "input target gradient sample_weight grad_loss grad_lse grad_entropy loss lse entropy"
-    )
+    operands = "input target gradient unless_one sample_weight grad_loss grad_lse grad_entropy loss lse entropy"
     return {
         **dict.fromkeys([*operands.split(), "prediction", "correct", "weight", "normalizer"]),
         **dict.fromkeys(["sums", "result", "counts"]),
@@ -1212,7 +1221,7 @@ def test_ce_compiles(dtype: str, chip: int | str) -> None:
         for chosen in (
             {},
             {**stats, **options, "weight": "*bf16"},
-            {**backward, **options, "normalizer": "*i64", "counts": None},
+            {**backward, **options, "normalizer": "*i64", "counts": None, "unless_one": "*fp32"},
             {**wide, **many, **stats, "PROBABILITIES": True, "SCALED": True, "gradient": None},
         ):
             compile_for(chip, ops_ce._rows, warps, **{**base, **layout, **chosen})
