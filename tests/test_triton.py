@@ -1157,9 +1157,10 @@ def test_compiles_with_one_option(option: dict[str, Any]) -> None:
 
 def ce_parameters(dtype: str) -> dict[str, Any]:
     """Of the kernel of contiguous rows, with no option; how rows are cut is left open."""
-    operands = "input target gradient unless_one sample_weight grad_loss grad_lse grad_entropy loss lse entropy"
+    operands = "input target gradient unless_one sample_weight grad_loss grad_lse grad_entropy loss"
+    results = "lse entropy prediction correct weight normalizer"
     return {
-        **dict.fromkeys([*operands.split(), "prediction", "correct", "weight", "normalizer"]),
+        **dict.fromkeys([*operands.split(), *results.split()]),
         **dict.fromkeys(["sums", "result", "counts"]),
         **dict.fromkeys(["counters", "rows", "tiles", "classes", "ignore_index"], "i32"),
         **dict.fromkeys(["denominator", "factor", "flat", "softcap", "inner_scale"], "fp64"),
