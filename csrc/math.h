@@ -74,6 +74,18 @@ FUSED_CE_HOST_DEVICE V polynomial(V x, const float (&coefficients)[kTerms]) {
   return sum;
 }
 
+// What rounding takes from `before` + `term`, given that sum as rounded (Knuth's two-sum).
+template <class V>
+FUSED_CE_HOST_DEVICE V lost_in(V before, V term, V sum) {
+  V added = sum - before;
+  return (before - (sum - added)) + (term - added);
+}
+// A sum with all that it has lost, which beside an infinite sum is NaN, and says nothing.
+template <class V>
+FUSED_CE_HOST_DEVICE V with_lost(V sum, V lost) {
+  return lost == lost ? sum + lost : sum;
+}
+
 FUSED_CE_HOST_DEVICE double absolute(double x) { return fabs(x); }
 // Both are 1 / x; `inverse` is the more exact one on the CPU.
 FUSED_CE_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }

@@ -17,20 +17,16 @@ constexpr int64_t kChunksPerThread = 2;
 
 enum OutOfRange : unsigned { kInputOutOfRange = 1, kTargetOutOfRange = 2 };
 
-// A running sum with the rounding of each addition kept (Knuth's two-sum), so that a sum of many
-// equal losses is as good as one of few.
+// A running sum with the rounding of each addition kept, so that a sum of many equal losses is as
+// good as one of few.
 struct Sum {
-  double value = 0, error = 0;
+  double value = 0, lost = 0;
   __attribute__((always_inline)) void add(double x) {
     double next = value + x;
-    double part = next - value;
-    error += (value - (next - part)) + (x - part);
+    lost += math::lost_in(value, x, next);
     value = next;
   }
-  // Beside an infinite value the error is NaN, and says nothing.
-  __attribute__((always_inline)) double total() const {
-    return error == error ? value + error : value;
-  }
+  __attribute__((always_inline)) double total() const { return math::with_lost(value, lost); }
 };
 
 // The labels of some rows.

@@ -238,27 +238,23 @@ struct RowWise {
   // most of the error. The first part has nothing to lose to.
   static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part,
                                SoftmaxSums<V>& lost, bool is_first) {
+    using math::lost_in;
     SoftmaxSums<V> all = sum_of(sums, part);
-    auto rounding = [](V before, V term, V after) __attribute__((always_inline)) {
-      V added = after - before;
-      return (before - (after - added)) + (term - added);
-    };
     if (kPrecision == Precision::kFull && !is_first) {
-      lost.exponentials += rounding(sums.exponentials, part.exponentials, all.exponentials);
+      lost.exponentials += lost_in(sums.exponentials, part.exponentials, all.exponentials);
       if constexpr (kHasTerms) {
-        lost.coefficients += rounding(sums.coefficients, part.coefficients, all.coefficients);
-        lost.cost += rounding(sums.cost, part.cost, all.cost);
-        lost.entropy += rounding(sums.entropy, part.entropy, all.entropy);
+        lost.coefficients += lost_in(sums.coefficients, part.coefficients, all.coefficients);
+        lost.cost += lost_in(sums.cost, part.cost, all.cost);
+        lost.entropy += lost_in(sums.entropy, part.entropy, all.entropy);
       }
     }
     return all;
   }
-  // Beside an infinite sum what was lost is NaN, and says nothing.
   static SoftmaxSums<V> with_lost(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& lost) {
-    auto add = [](V sum, V part) { return part == part ? sum + part : sum; };
-    return {sums.reference, add(sums.exponentials, lost.exponentials),
-            add(sums.coefficients, lost.coefficients), add(sums.cost, lost.cost),
-            add(sums.entropy, lost.entropy)};
+    using math::with_lost;
+    return {sums.reference, with_lost(sums.exponentials, lost.exponentials),
+            with_lost(sums.coefficients, lost.coefficients), with_lost(sums.cost, lost.cost),
+            with_lost(sums.entropy, lost.entropy)};
   }
 
   // Classes c + first .. c + last, whose coefficients are read one class at a time.
