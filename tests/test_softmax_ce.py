@@ -604,7 +604,7 @@ def test_large_logits_of_half_types(
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 1.0}], ids=["soft", "smoothed"])
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 def test_long_columns(spread: float, options: dict[str, Any], device: str) -> None:
-    x = torch.randn(2, 1000, 17) * spread
+    x = torch.randn(2, 1000, 33) * spread  # 66 rows: enough for a GPU of one multiprocessor
     t = make_labels(x.shape) if options else torch.softmax(torch.randn(x.shape), 1)
     ours = run(cross_entropy, x, t, device=device, reduction="none", **options).loss
     right = exact_cross_entropy(x.double(), double(t), reduction="none", **options)
@@ -934,12 +934,18 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
         torch.testing.assert_close(ours.gradient, theirs.gradient)
 
 
-def test_autocast_takes_float32_weights_with_half_logits(device: str) -> None:
-    x, t, weight = make_logits((33, 17), BF16), make_labels((33, 17)), torch.rand(17)
+# Rows of a thread (as many as it takes on a GPU), of a warp, and of a block.
+@pytest.mark.parametrize("shape", [(33, 17), (8501, 17), (2, 5, 65, 67), (33, 1003), (3, 20_001)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_autocast_takes_float32_weights_with_half_logits(
+    label_smoothing: float, shape: tuple[int, ...], device: str
+) -> None:
+    x, t, weight = make_logits(shape, BF16), make_labels(shape), torch.rand(shape[1])
+    options = {"weight": weight, "label_smoothing": label_smoothing}
     with torch.autocast(device, BF16):
-        ours = run(cross_entropy, x, t, device=device, weight=weight)
+        ours = run(cross_entropy, x, t, device=device, **options)
     with torch.autocast("cpu", BF16):
-        theirs = run(F.cross_entropy, x, t, weight=weight)
+        theirs = run(F.cross_entropy, x, t, **options)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(ours.gradient, theirs.gradient)
 
@@ -1275,16 +1281,28 @@ def test_gradients_of_stats(
                 )
 
 
-# Rows of a warp, a block, several blocks, and one that these cannot keep in float32; none of whole
-# vectors, so that they begin at any address.
-@pytest.mark.parametrize("shape", [(5, 203), (3, 5003), (3, 40_009), (2, 480_003)], ids=str)
-@pytest.mark.parametrize("mode", ["labels", "probabilities"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
-def test_options_of_long_rows(
-    dtype: torch.dtype, mode: str, shape: tuple[int, int], device: str
+# Rows of a thread, dense and with their classes apart (15 is 8 + 4 + 2 + 1), as many as it takes
+# on a GPU of 132 multiprocessors; of a warp, a block, several blocks, and one that these cannot
+# keep in float32; none of whole vectors, so that they begin at any address.
+@pytest.mark.parametrize(
+    "shape",
+    [(8501, 7), (2, 15, 65, 67), (5, 203), (3, 5003), (3, 40_009), (2, 480_003)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("dtype", "target_dtype"),
+    [(F32, torch.int64), (F32, F32), (BF16, torch.int64), (BF16, BF16), (BF16, F32)],
+    ids=dtype_id,
+)
+def test_options_by_number_of_classes(
+    dtype: torch.dtype, target_dtype: torch.dtype, shape: tuple[int, ...], device: str
 ) -> None:
     x, weight = make_logits(shape, dtype), torch.rand(shape[1]).to(dtype)
-    t = ignoring(make_labels(shape)) if mode == "labels" else make_probabilities(shape, dtype)
+    t = (
+        ignoring(make_labels(shape))
+        if target_dtype is torch.int64
+        else make_probabilities(shape, target_dtype)
+    )
     for options in (
         {"softcap": 20.0, "logit_scale": 0.5, "z_loss": 1e-2},
         {"label_smoothing": 0.2, "weight": weight},
@@ -1300,7 +1318,7 @@ def test_options_of_long_rows(
 
         cap = {k: v for k, v in options.items() if k in ("softcap", "logit_scale")}
         for name, stat, value in named(found, exact_stats(x, t, **cap)):
-            if name == "correct" and mode == "labels":
+            if name == "correct" and target_dtype is torch.int64:
                 value = value & (t != IGNORED)
             tolerance = 1e-5 if value.is_floating_point() else 0.0
             stat = stat.detach().cpu().to(value.dtype)

@@ -205,6 +205,19 @@ __device__ __forceinline__ void with_float_type(Dtype dtype, F f) {
   }
 }
 
+struct Division {
+  int64_t quotient, remainder;
+};
+
+// The index over the size of dimension d.
+__device__ __forceinline__ Division divide(int64_t index, const CudaSpace& space, int d) {
+  // The estimate is the quotient or one less.
+  int64_t quotient = static_cast<int64_t>(__umul64hi(index, space.reciprocals[d]));
+  int64_t remainder = index - quotient * space.sizes[d];
+  bool is_less = remainder >= space.sizes[d];
+  return {is_less ? quotient + 1 : quotient, is_less ? remainder - space.sizes[d] : remainder};
+}
+
 // Where an element lies, and how many from it on lie strides[0] apart.
 struct Run {
   int64_t offset, length;
@@ -218,14 +231,10 @@ __device__ __forceinline__ Run run_of(const CudaOperand& operand, const CudaSpac
   int last = space.rank - 1;
 #pragma unroll 1
   for (int d = 0; d < last; ++d) {
-    // The estimate is the quotient or one less.
-    int64_t quotient = static_cast<int64_t>(__umul64hi(index, space.reciprocals[d]));
-    int64_t remainder = index - quotient * space.sizes[d];
-    bool is_less = remainder >= space.sizes[d];
-    if (is_less) remainder -= space.sizes[d];
+    auto [quotient, remainder] = divide(index, space, d);
     if (d == 0) run.length = space.sizes[0] - remainder;
     run.offset += remainder * operand.strides[d];
-    index = is_less ? quotient + 1 : quotient;
+    index = quotient;
   }
   run.offset += index * operand.strides[last];
   return run;

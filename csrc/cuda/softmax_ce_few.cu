@@ -5,48 +5,92 @@
 
 #include <algorithm>
 
-#include "softmax_row.cuh"
+#include "softmax_options.cuh"
 
 namespace fused_ce {
 namespace {
 
-// Classes that lie apart: a thread takes kRows rows that lie side by side, and its neighbours' rows
-// lie beside these. The second read, for the gradient, comes from cache. `alike` are logits and
-// gradient that have the same strides: a row's offset costs as much as several classes.
-template <class T, bool kGradient, bool kPlain, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows == 1 || kPlain || !kGradient ? 4 : 3)
+// What a thread needs to write the gradient of a row without options that it has read.
+struct Ending {
+  bool wants = false;  // whether there is one; else it is 0
+  int label = -1;      // or none
+  float factor = 0;    // of the exponentials
+  float shift = 0;     // of all classes
+  float at_label = 0;  // the gradient of the label's class
+};
+
+// The end of a row of logits that a thread has summed up, with that of its label.
+template <bool kGradient, bool kPlain, Precision kPrecision>
+__device__ __forceinline__ Ending end_row(const SoftmaxCeParams& p, int64_t row,
+                                          const RowTarget<float>& target,
+                                          RowSums<float, Terms::kPlain> sums, float label_logit,
+                                          float scale, float& loss) {
+  const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+  const float share = kPlain ? 0.0f : p.in_float.share;
+  sums.coefficients *= share;
+  sums.cost *= share;
+  label_logit *= logit_scale;
+  auto result = row_result<kPlain>(p, target, sums, label_logit, true);
+  loss += result.loss;
+  if constexpr (!kPlain) store_result(p, row, result);
+  Ending ending;
+  if (kGradient && has_gradient<kPlain>(p, target)) {
+    auto g = row_gradient<kPlain>(p, row, target, sums, result, scale);
+    ending.wants = true;
+    ending.label = static_cast<int>(target.label);
+    ending.factor = g.exponential * logit_scale;
+    ending.shift = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
+    float e = math::exp_shifted<kPrecision>(label_logit - sums.reference);
+    ending.at_label = fmaf(e, ending.factor, ending.shift) - g.label * logit_scale;
+  }
+  return ending;
+}
+
+// A thread takes kRows rows that lie side by side, and its neighbours' rows lie beside these. The
+// second read, for the gradient, comes from cache. `alike` are logits and gradient that have the
+// same strides: a row's offset costs as much as several classes.
+template <class T, class S, bool kGradient, bool kPlain, Terms kTerms, int kRows>
+__global__ void __launch_bounds__(
+    kThreads, kTerms == Terms::kPlain && (kRows == 1 || kPlain || !kGradient) ? 4 : 3)
     spread_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
-  using Rows = Group<T, kRows>;
+  constexpr bool kHasOptions = kTerms != Terms::kPlain, kWeighted = kTerms == Terms::kWeighted;
+  static_assert(!kHasOptions || (kRows == 1 && !kPlain));
   if (kGradient && !kPlain && is_done(p.unless_one)) return;
   const Scale factors = load_scale(p);
   const float scale = static_cast<float>(factors.inverse);
   const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
   const float share = kPlain ? 0.0f : p.in_float.share;
   const bool has_coefficients = !kPlain && p.has_coefficients;
+  const bool has_probabilities = kWeighted && p.has_probabilities;
+  const bool wants_top = kHasOptions && (p.prediction.data != nullptr || p.correct.data != nullptr);
+  const bool wants_target = has_probabilities && p.correct.data != nullptr;
   const bool reads_all = !kPlain && p.reads_all;
   float loss = 0;
 
-  // Calls f<kN> for the next kN classes, of which 8 fit into registers.
+  // Calls f<kN>(c) for the next kN classes from c on, of which 8 fit into registers.
   auto for_classes = [&](const auto& f) {
-    int left = static_cast<int>(p.classes);
+    const int classes = static_cast<int>(p.classes);
+    int c = 0;
 #pragma unroll 1
-    for (; left >= 8; left -= 8) f.template operator()<8>();
-    if (left & 4) f.template operator()<4>();
-    if (left & 2) f.template operator()<2>();
-    if (left & 1) f.template operator()<1>();
+    for (; c + 8 <= classes; c += 8) f.template operator()<8>(c);
+    if (classes & 4) f.template operator()<4>(c), c += 4;
+    if (classes & 2) f.template operator()<2>(c), c += 2;
+    if (classes & 1) f.template operator()<1>(c);
   };
-  // The logits of kN classes, for each row, from `x` on, which goes on to the next class.
-  auto load_classes = [&]<int kN>(const T*& x, float (&logits)[kRows][kN]) {
+  // What lies at `x` for kN classes, for each row; `x` goes on to the next class.
+  auto load_classes = [&]<class X, int kN>(const X*& x, int64_t stride,
+                                           float (&values)[kRows][kN]) {
+    using Rows = Group<X, kRows>;
     Rows raw[kN];
 #pragma unroll
-    for (int i = 0; i < kN; ++i, x += p.input_stride) raw[i] = *reinterpret_cast<const Rows*>(x);
+    for (int i = 0; i < kN; ++i, x += stride) raw[i] = *reinterpret_cast<const Rows*>(x);
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       float of_class[kRows];
       unpack(raw[i], of_class);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) logits[r][i] = of_class[r];
+      for (int r = 0; r < kRows; ++r) values[r][i] = of_class[r];
     }
   };
 
@@ -62,53 +106,95 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 || kPlain || !kGradient ?
     }
     const int64_t offset = row_offset(p.input, p.rows, row);
     const T* x = static_cast<const T*>(p.input.data) + offset;
-    using Sums = RowSums<float, Terms::kPlain>;
-    Sums sums[kRows];
+    const Options<T, S, kTerms> options(p, row);
+    std::conditional_t<kPlain, RowSums<float, kTerms>, LongRowSums<float, kTerms>> gathered[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sums[r] = Sums::none();
+    for (int r = 0; r < kRows; ++r) gathered[r] = gathered[r].none();
+    Peak peak{-INFINITY, 0}, target_peak = peak;
     if (reads) {
       const T* from = x;
-      for_classes([&]<int kN>() {
+      const S* from_target = options.probabilities;
+      for_classes([&]<int kN>(int c) {
         float logits[kRows][kN];
-        load_classes(from, logits);
+        load_classes(from, p.input_stride, logits);
+        if constexpr (kHasOptions) {
+          float b[1][kN] = {};
+          if (has_probabilities) load_classes(from_target, p.target_stride, b);
+          const float top = largest(logits[0]);
+          if (wants_top) peak.offer(top, c);
+          if (wants_target) target_peak.offer(largest(b[0]), c);
+          if (kWeighted) options.weigh(b[0], c);
+          options.add(logits[0], b[0], top, gathered[0]);
+        } else {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) sums[r].add(logits[r], logit_scale, has_coefficients);
+          for (int r = 0; r < kRows; ++r) {
+            add_logits(gathered[r], logits[r], logit_scale, has_coefficients);
+          }
+        }
       });
     }
+    RowSums<float, kTerms> sums[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] = gathered[r].settled();
 
-    // Of rows with a gradient; a label of -1 is none.
-    bool wants[kRows], any_wants = false;
-    float factor[kRows], shift[kRows], at_label[kRows];
-    int labels[kRows];
+    Ending endings[kRows];
+    SoftmaxGradient<float> with_options{};
+    bool any_wants = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const RowTarget<float>& target = targets[r];
-      SoftmaxRow<float> result{};
-      float label_logit = 0;
-      wants[r] = false;
-      labels[r] = -1;
-      if (target.is_kept || reads_all) {
-        sums[r].coefficients *= share;
-        sums[r].cost *= share;
-        if (target.label >= 0) {
-          label_logit = to_real<float>(x[target.label * p.input_stride + r]) * logit_scale;
-        }
-        result = row_result<kPlain>(p, target, sums[r], label_logit, true);
-        if (kGradient && has_gradient<kPlain>(p, target)) {
-          auto g = row_gradient<kPlain>(p, row + r, target, sums[r], result, scale);
-          factor[r] = g.exponential * logit_scale;
-          shift[r] = share == 0 ? 0.0f : -g.coefficient * share * logit_scale;
-          float e = math::exp_shifted<kPrecision>(label_logit - sums[r].reference);
-          at_label[r] = fmaf(e, factor[r], shift[r]) - g.label * logit_scale;
-          labels[r] = static_cast<int>(target.label);
-          wants[r] = any_wants = true;
-        }
+      if (!target.is_kept && !reads_all) {
+        if constexpr (!kPlain) store_result(p, row + r, SoftmaxRow<float>{});
+        continue;
       }
-      loss += result.loss;
-      if constexpr (!kPlain) store_result(p, row + r, result);
+      float label_logit[1] = {};
+      if (target.label >= 0) label_logit[0] = to_real<float>(x[target.label * p.input_stride + r]);
+      if constexpr (kHasOptions) {
+        if (!kWeighted) {
+          sums[r].coefficients *= share;
+          sums[r].cost *= share;
+        }
+        auto result = row_result(p, target, sums[r], options.value_of(label_logit[0]), true);
+        loss += result.loss;
+        store_result(p, row, result);
+        if (kGradient && has_gradient(p, target)) {
+          auto g = row_gradient(p, row, target, sums[r], result, scale);
+          with_options = {g.exponential * logit_scale, g.entropy * logit_scale,
+                          g.coefficient * logit_scale, g.label * logit_scale};
+          endings[r].label = static_cast<int>(target.label);
+          endings[r].wants = true;
+          if (target.label >= 0) {
+            float b[1] = {};
+            if (kWeighted) options.weigh(b, endings[r].label);
+            options.differentiate(label_logit, b, sums[r].reference, with_options,
+                                  with_options.label);
+            endings[r].at_label = label_logit[0];
+          }
+        }
+      } else {
+        endings[r] = end_row<kGradient, kPlain, kPrecision>(p, row + r, target, sums[r],
+                                                            label_logit[0], scale, loss);
+      }
+      any_wants |= endings[r].wants;
+    }
+    if constexpr (kHasOptions) {
+      // The first class of those whose values are the largest.
+      auto find = [&](const auto* values, int64_t stride, Peak peak) {
+        int c = peak.place;
+        while (c < p.classes && !Peak::is(to_real<float>(values[c * stride]), peak.value)) ++c;
+        return c;
+      };
+      if (wants_top) {
+        int predicted = reads ? find(x, p.input_stride, peak) : 0;
+        int right = static_cast<int>(targets[0].label);
+        if (wants_target && reads)
+          right = find(options.probabilities, p.target_stride, target_peak);
+        store_prediction(p, row, predicted, right, targets[0].is_kept);
+      }
     }
 
     if constexpr (kGradient) {
+      using Rows = Group<T, kRows>;
       T* dx = static_cast<T*>(p.gradient.data);
       dx += alike ? offset : row_offset(p.gradient, p.rows, row);
       T* to = dx;
@@ -120,25 +206,169 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 || kPlain || !kGradient ?
         continue;
       }
       const T* from = x;
-      for_classes([&]<int kN>() {
+      const S* from_target = options.probabilities;
+      for_classes([&]<int kN>(int c) {
         float logits[kRows][kN];
-        load_classes(from, logits);
+        load_classes(from, p.input_stride, logits);
+        if constexpr (kHasOptions) {
+          float b[1][kN] = {};
+          if (has_probabilities) load_classes(from_target, p.target_stride, b);
+          if (kWeighted) options.weigh(b[0], c);
+          options.differentiate(logits[0], b[0], sums[0].reference, with_options, 0.0f);
+        }
 #pragma unroll
         for (int i = 0; i < kN; ++i, to += p.gradient_stride) {
           float gradients[kRows];
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            float shifted = fmaf(logits[r][i], logit_scale, -sums[r].reference);
-            float g = fmaf(math::exp_shifted<kPrecision>(shifted), factor[r], shift[r]);
-            // An ignored row may hold anything.
-            gradients[r] = kRows == 1 || wants[r] ? g : 0.0f;
+            gradients[r] = logits[r][i];
+            if constexpr (!kHasOptions) {
+              float shifted = fmaf(logits[r][i], logit_scale, -sums[r].reference);
+              float e = math::exp_shifted<kPrecision>(shifted);
+              float g = fmaf(e, endings[r].factor, endings[r].shift);
+              // An ignored row may hold anything.
+              gradients[r] = kRows == 1 || endings[r].wants ? g : 0.0f;
+            }
           }
           store_whole(reinterpret_cast<Rows*>(to), gradients);
         }
       });
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (labels[r] >= 0) dx[labels[r] * p.gradient_stride + r] = from_real<T>(at_label[r]);
+        if (endings[r].label >= 0) {
+          dx[endings[r].label * p.gradient_stride + r] = from_real<T>(endings[r].at_label);
+        }
+      }
+    }
+  }
+  if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+}
+
+// Exponentials in the place of a row's logits, of which a thread holds every kGroup-th up to `end`,
+// kFewest for certain, and their sum over the row's threads; the costs' over this thread's alone.
+// `logit_at` gives a logit once more.
+template <Precision kPrecision, bool kPlain, int kGroup, int kFewest, int kPerLane, class Logit>
+__device__ __forceinline__ RowSums<float, Terms::kPlain> exponentiate(const SoftmaxCeParams& p,
+                                                                      float (&e)[kPerLane], int end,
+                                                                      const Logit& logit_at) {
+  // A lane's exponentials go to so many sums in turn: the roundings of a single one would add up.
+  constexpr int kSums = kPrecision == Precision::kHalf ? 1 : kPerLane > 4 ? 4 : 2;
+  float top = -kGreatest<float>;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i >= kFewest && i * kGroup >= end) break;
+    top = fmaxf(top, e[i]);
+  }
+  auto sums = RowSums<float, Terms::kPlain>::none();
+  sums.reference = warp_max<kGroup>(top);
+  auto add = [&]<bool kFinite>() {
+    float parts[kSums] = {};
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i >= kFewest && i * kGroup >= end) break;
+      if (!kFinite) e[i] = logit_at(i);
+      e[i] -= sums.reference;
+      if (kFinite && !kPlain && p.has_coefficients) sums.cost -= e[i];
+      e[i] = math::exp_shifted<kPrecision, kFinite>(e[i]);
+      parts[i % kSums] = i < kSums ? e[i] : parts[i % kSums] + e[i];
+    }
+    sums.exponentials = pairwise_sum(parts);
+  };
+  add.template operator()<true>();
+  if (sums.exponentials != sums.exponentials) {
+    asm volatile("" ::: "memory");  // so that registers keep nothing for so rare a row
+    add.template operator()<false>();
+  }
+  sums.exponentials = warp_sum<kGroup>(sums.exponentials);
+  return sums;
+}
+
+// A few classes that lie apart: as spread_kernel, but the logits, kFewest to kMost of them, are
+// read once and stay in registers.
+template <class T, bool kGradient, bool kPlain, int kRows, int kMost, int kFewest>
+__global__ void __launch_bounds__(kThreads, kRows* kMost > 24   ? 2
+                                            : kRows * kMost > 8 ? 3
+                                                                : 4)
+    column_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
+  using Rows = Group<T, kRows>;
+  if (kGradient && !kPlain && is_done(p.unless_one)) return;
+  const Scale factors = load_scale(p);
+  const float scale = static_cast<float>(factors.inverse);
+  const float logit_scale = kPlain ? 1.0f : p.in_float.logit_scale;
+  const bool reads_all = !kPlain && p.reads_all;
+  const int classes = static_cast<int>(p.classes);
+  float loss = 0;
+
+  int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kRows;
+  int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRows;
+  for (; row < p.rows.numel; row += step) {
+    RowTarget<float> targets[kRows];
+    bool reads = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      targets[r] = load_target<float, kPlain>(p, row + r, true);
+      reads |= targets[r].is_kept || reads_all;
+    }
+    const int64_t offset = row_offset(p.input, p.rows, row);
+    const T* x = static_cast<const T*>(p.input.data) + offset;
+    float e[kRows][kMost];
+    Ending endings[kRows];
+    if (reads) {
+      Rows raw[kMost];
+      const T* from = x;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i, from += p.input_stride) {
+        if (i < kFewest || i < classes) raw[i] = *reinterpret_cast<const Rows*>(from);
+      }
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i >= kFewest && i >= classes) break;
+        float of_class[kRows];
+        unpack(raw[i], of_class);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) e[r][i] = of_class[r] * logit_scale;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const RowTarget<float>& target = targets[r];
+      if (target.is_kept || reads_all) {
+        auto logit_at = [&](int c) { return to_real<float>(x[c * p.input_stride + r]); };
+        auto sums = exponentiate<kPrecision, kPlain, 1, kFewest>(
+            p, e[r], classes, [&](int c) { return logit_at(c) * logit_scale; });
+        sums.coefficients = static_cast<float>(classes);
+        float label_logit = target.label >= 0 ? logit_at(static_cast<int>(target.label)) : 0.0f;
+        endings[r] = end_row<kGradient, kPlain, kPrecision>(p, row + r, target, sums, label_logit,
+                                                            scale, loss);
+      } else if constexpr (!kPlain) {
+        store_result(p, row + r, SoftmaxRow<float>{});
+      }
+      if (!endings[r].wants) {
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) e[r][i] = 0;
+      }
+    }
+
+    if constexpr (kGradient) {
+      T* dx = static_cast<T*>(p.gradient.data);
+      dx += alike ? offset : row_offset(p.gradient, p.rows, row);
+      T* to = dx;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i, to += p.gradient_stride) {
+        if (i >= kFewest && i >= classes) break;
+        float gradients[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          gradients[r] = fmaf(e[r][i], endings[r].factor, endings[r].shift);
+        }
+        store_whole(reinterpret_cast<Rows*>(to), gradients);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (endings[r].label >= 0) {
+          dx[endings[r].label * p.gradient_stride + r] = from_real<T>(endings[r].at_label);
+        }
       }
     }
   }
@@ -154,8 +384,6 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
   constexpr int kVectors = (kPerLane + kCount - 1) / kCount;  // that a thread copies at most
-  // A lane's exponentials go to so many sums in turn: the roundings of a single one would add up.
-  constexpr int kSums = kPrecision == Precision::kHalf ? 1 : kPerLane > 4 ? 4 : 2;
   constexpr int kSureVectors = kFewest / kCount > 0 ? kFewest / kCount : 1;  // of a full tile
   using Vector = Group<T, kCount>;
   constexpr int kRows = kThreads / kGroup;
@@ -219,36 +447,14 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int label = static_cast<int>(target.label);
     bool reads = target.is_kept || (!kPlain && p.reads_all);
     const int end = classes - lane;
-    float e[kPerLane];  // first the logits
-    float top = -kGreatest<float>;
+    auto logit_at = [&](int i) { return to_real<float>(mine[i * kGroup]) * logit_scale; };
+    float e[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (i >= kFewest && i * kGroup >= end) break;
-      e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
-      top = fmaxf(top, e[i]);
+      e[i] = logit_at(i);
     }
-    auto sums = RowSums<float, Terms::kPlain>::none();
-    sums.reference = warp_max<kGroup>(top);
-    // From the logits in `e`, or again from those in the tile.
-    auto exponentiate = [&]<bool kFinite>() {
-      float parts[kSums] = {};
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (i >= kFewest && i * kGroup >= end) break;
-        if (!kFinite) e[i] = to_real<float>(mine[i * kGroup]) * logit_scale;
-        e[i] -= sums.reference;
-        if (kFinite && !kPlain && p.has_coefficients) sums.cost -= e[i];
-        e[i] = math::exp_shifted<kPrecision, kFinite>(e[i]);
-        parts[i % kSums] = i < kSums ? e[i] : parts[i % kSums] + e[i];
-      }
-      sums.exponentials = pairwise_sum(parts);
-    };
-    exponentiate.template operator()<true>();
-    if (sums.exponentials != sums.exponentials) {
-      asm volatile("" ::: "memory");  // so that registers keep nothing for so rare a row
-      exponentiate.template operator()<false>();
-    }
-    sums.exponentials = warp_sum<kGroup>(sums.exponentials);
+    auto sums = exponentiate<kPrecision, kPlain, kGroup, kFewest>(p, e, end, logit_at);
     if (!kPlain && p.has_coefficients) {
       sums.cost = share * warp_sum<kGroup>(sums.cost);
       sums.coefficients = share * static_cast<float>(classes);
@@ -302,12 +508,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
 }
 
-// Two classes, dense in memory: binary cross entropy of the distance of the logits, one exponential
-// a row. The two gradients are equal but for the sign, without a cancellation. A thread takes the
-// rows of one vector.
-template <class T, bool kGradient, bool kPlain>
+// Two classes, dense in memory, or apart with rows side by side (kApart): binary cross entropy of
+// the distance of the logits, one exponential a row. The two gradients are equal but for the sign,
+// without a cancellation. A thread takes the rows of one vector, or as many.
+template <class T, bool kGradient, bool kPlain, bool kApart>
 __global__ void __launch_bounds__(kThreads, 4)
-    pair_kernel(const __grid_constant__ SoftmaxCeParams p) {
+    pair_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kRows = 8 / sizeof(T);
   using Vector = Group<T, 2 * kRows>;
@@ -417,25 +623,50 @@ __global__ void __launch_bounds__(kThreads, 4)
   Vector* to = static_cast<Vector*>(p.gradient.data) + at;
   const Labels* labels = static_cast<const Labels*>(p.target.data) + at;  // where plain
   for (int64_t v = at; v < vectors; v += step, from += step, to += step, labels += step) {
-    Vector raw = *from;
-    float values[2 * kRows];
-    unpack(raw, values);
+    using Rows = Group<T, kRows>;
+    auto offset_in = [&](const CudaOperand& operand) {
+      return row_offset(operand, p.rows, v * kRows);
+    };
+    int64_t offset = 0;
+    float values[2 * kRows];  // of both classes in turn
+    if constexpr (kApart) {
+      offset = offset_in(p.input);
+      const T* x = static_cast<const T*>(p.input.data) + offset;
+      float first[kRows], second[kRows];
+      load_whole(reinterpret_cast<const Rows*>(x), first);
+      load_whole(reinterpret_cast<const Rows*>(x + p.input_stride), second);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) values[2 * i] = first[i], values[2 * i + 1] = second[i];
+    } else {
+      load_whole(from, values);
+    }
+    auto write = [&](const float (&gradients)[2 * kRows]) {
+      if constexpr (kGradient && kApart) {
+        T* dx = static_cast<T*>(p.gradient.data) + (alike ? offset : offset_in(p.gradient));
+        float first[kRows], second[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          first[i] = gradients[2 * i], second[i] = gradients[2 * i + 1];
+        store_whole(reinterpret_cast<Rows*>(dx), first);
+        store_whole(reinterpret_cast<Rows*>(dx + p.gradient_stride), second);
+      } else if constexpr (kGradient) {
+        store_whole(to, gradients);
+      }
+    };
     if constexpr (kPlain) {
       float gradients[2 * kRows];
       if (evaluate_plain(*labels, values, gradients)) {
-        if constexpr (kGradient) {
-          pack(gradients, raw);
-          *to = raw;
-        }
+        write(gradients);
         continue;
       }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) evaluate(v * kRows + i, values[2 * i], values[2 * i + 1]);
-    if constexpr (kGradient) {
-      pack(values, raw);
-      *to = raw;
-    }
+    write(values);
+  }
+  if constexpr (kApart) {  // whose rows are whole vectors
+    if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
+    return;
   }
   int64_t row = vectors * kRows + at;
   if (row < p.rows.numel) {
@@ -457,21 +688,60 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
   kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, plan.aligned);
 }
 
-template <class T, bool kGradient, bool kPlain>
+// Whether a row's offset is the same in both.
+bool are_alike(const SoftmaxCeParams& p) {
+  return std::equal(p.input.strides, p.input.strides + p.rows.rank, p.gradient.strides);
+}
+
+template <class T, class S, bool kGradient, bool kPlain, Terms kTerms, int kRows>
 void launch_spread(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
-  bool alike = std::equal(p.input.strides, p.input.strides + p.rows.rank, p.gradient.strides);
-  auto* kernel = plan.rows == 2 ? spread_kernel<T, kGradient, kPlain, 2>
-                                : spread_kernel<T, kGradient, kPlain, 1>;
-  kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, alike);
+  auto kernel = spread_kernel<T, S, kGradient, kPlain, kTerms, kRows>;
+  kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, are_alike(p));
+}
+
+template <class T, bool kGradient, bool kPlain, int kRows, int kMost, int kFewest>
+void launch_columns(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  auto kernel = column_kernel<T, kGradient, kPlain, kRows, kMost, kFewest>;
+  kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, are_alike(p));
+}
+
+template <class T, bool kGradient, bool kPlain, int kRows>
+void launch_columns(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
+  if (p.classes <= 8) {
+    launch_columns<T, kGradient, kPlain, kRows, 8, 2>(p, plan, stream);
+  } else if (p.classes <= 16) {
+    launch_columns<T, kGradient, kPlain, kRows, 16, 9>(p, plan, stream);
+  } else if (p.classes <= 24) {
+    launch_columns<T, kGradient, kPlain, kRows, 24, 17>(p, plan, stream);
+  } else {
+    launch_spread<T, T, kGradient, kPlain, Terms::kPlain, kRows>(p, plan, stream);
+  }
+}
+
+template <class T, bool kGradient>
+void launch_spread_options(const SoftmaxCeParams& p, const SoftmaxCePlan& plan,
+                           cudaStream_t stream) {
+  if (plan.terms == Terms::kStatistics) {
+    launch_spread<T, T, kGradient, false, Terms::kStatistics, 1>(p, plan, stream);
+  } else if (p.has_probabilities && p.target.dtype == Dtype::kFloat32) {
+    launch_spread<T, float, kGradient, false, Terms::kWeighted, 1>(p, plan, stream);
+  } else {
+    launch_spread<T, T, kGradient, false, Terms::kWeighted, 1>(p, plan, stream);
+  }
 }
 
 template <class T, bool kGradient, bool kPlain>
 void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   if (plan.kernel == SoftmaxCePlan::kSpread) {
-    launch_spread<T, kGradient, kPlain>(p, plan, stream);
+    if (plan.rows == 2) {
+      launch_columns<T, kGradient, kPlain, 2>(p, plan, stream);
+    } else {
+      launch_columns<T, kGradient, kPlain, 1>(p, plan, stream);
+    }
   } else if (plan.kernel == SoftmaxCePlan::kPair) {
-    auto kernel = pair_kernel<T, kGradient, kPlain>;
-    kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p);
+    auto kernel = p.input_stride == 1 ? pair_kernel<T, kGradient, kPlain, false>
+                                      : pair_kernel<T, kGradient, kPlain, true>;
+    kernel<<<resident_blocks(kernel, plan), kThreads, 0, stream>>>(p, are_alike(p));
   } else if (plan.group == 8) {
     launch_few<T, kGradient, kPlain, 8, 16, 8>(p, plan, stream);
   } else if (plan.group == 4) {
@@ -502,7 +772,9 @@ void launch_few(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_
                p.in_float.logit_scale == 1 && p.in_float.keep == 1 &&
                p.target.dtype == Dtype::kInt64 && p.target.access == CudaOperand::kFlat &&
                (plan.kernel != SoftmaxCePlan::kPair || p.target.aligned);
-  if (plain) {
+  if (plan.terms != Terms::kPlain) {
+    launch_spread_options<T, kGradient>(p, plan, stream);
+  } else if (plain) {
     launch_few<T, kGradient, true>(p, plan, stream);
   } else {
     launch_few<T, kGradient, false>(p, plan, stream);

@@ -130,44 +130,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     bool reads = exists && (target.is_kept || p.reads_all);
 
-    Sums sums = Sums::none();
-    // A thread may add up a whole row, class by class. What rounding takes from the sums would be
-    // most of the error: it is added in the end.
-    Real lost_exponentials = 0, lost_coefficients = 0, lost_cost = 0;
-    auto add = [](Real& sum, Real& lost, Real term) {
-      Real all = sum + term, added = all - sum;
-      lost += (sum - (all - added)) + (term - added);
-      sum = all;
-    };
-    auto settle = [](Real& sum, Real& lost) {
-      if (lost == lost) sum += lost;  // of an infinite sum it is NaN
-      lost = 0;
-    };
+    auto gathered = LongRowSums<Real, Terms::kWeighted>::none();
     auto top = Largest<Real>::none(), top_target = top;
 #pragma unroll 1
     for (int64_t c = lane; reads && c < p.classes; c += group) {
       auto l = r.logit(c);
-      if (sums.lacks_room(l.value)) {
-        settle(sums.exponentials, lost_exponentials);
-        sums.refer_to(l.value);
-      }
-      Real shifted = l.value - sums.reference;
+      gathered.admit(l.value);
+      Real shifted = l.value - gathered.reference;
       Real e = Sums::exponential(shifted);
-      add(sums.exponentials, lost_exponentials, e);
-      if (wants_entropy) sums.entropy -= e * finite(shifted);
+      gathered.gather(e);
+      if (wants_entropy) gathered.entropy -= e * finite(shifted);
       if (p.has_coefficients) {
         Real b = r.coefficient(c);
-        add(sums.coefficients, lost_coefficients, b);
-        add(sums.cost, lost_cost, -b * shifted);
+        gathered.gather_terms(b, -b * shifted);
       }
       if (wants_top) top.offer(l.raw, c);
       if (wants_target) top_target.offer(r.probability(c), c);
     }
 
-    settle(sums.exponentials, lost_exponentials);
-    settle(sums.coefficients, lost_coefficients);
-    settle(sums.cost, lost_cost);
-
+    Sums sums = gathered.settled();
     auto combine = [&]<int kWidth>() {
       sums.template combine<kWidth>(p.has_coefficients);
       if (wants_top) top.template combine<kWidth>();
@@ -261,32 +242,32 @@ bool is_simple(const SoftmaxCeArguments& a) {
          a.logit_scale > 0;
 }
 
-// Whether what is read for each class besides logits lies as these do.
-bool is_in_step(const SoftmaxCeArguments& a) {
-  auto is_like = [&](const ClassOperand& operand) {
-    return !operand || (operand.class_stride == 1 && operand.dtype == a.input.dtype);
+// Whether what is read for each class besides logits is such as all but `general_kernel` take.
+bool has_simple_coefficients(const SoftmaxCeArguments& a) {
+  auto is_simple = [&](const ClassOperand& operand) {
+    return operand.dtype == a.input.dtype || operand.dtype == Dtype::kFloat32;
   };
-  return (!a.has_probabilities || is_like(a.target)) && is_like(a.weight);
+  return (!a.has_probabilities || is_simple(a.target)) &&
+         (!a.weight || (is_simple(a.weight) && a.weight.class_stride == 1));
 }
 
 bool is_dense(const SoftmaxCeArguments& a) {
-  return a.input.class_stride == 1 && (!a.gradient || a.gradient.class_stride == 1);
+  return a.input.class_stride == 1 && (!a.gradient || a.gradient.class_stride == 1) &&
+         (!a.has_probabilities || a.target.class_stride == 1);
 }
 
-// How many neighbouring rows a thread may take: two, where each class of these is one aligned
-// access and there remains a block for every multiprocessor.
-int rows_a_thread(const SoftmaxCeArguments& a, const DeviceLimits& device) {
-  auto has_pairs = [&](const ClassOperand& operand) {
+// Whether rows lie side by side in groups of so many, each class of which is one aligned access.
+bool lies_in_groups(const SoftmaxCeArguments& a, int count) {
+  auto has_groups = [&](const ClassOperand& operand) {
     if (!operand) return true;
-    bool even = operand.strides[0] == 1 && operand.class_stride % 2 == 0 &&
-                reinterpret_cast<uintptr_t>(operand.data) %
-                        static_cast<uintptr_t>(2 * size_of(operand.dtype)) ==
-                    0;
-    for (int d = 1; d < a.rows.rank; ++d) even &= operand.strides[d] % 2 == 0;
-    return even;
+    bool whole = operand.strides[0] == 1 && operand.class_stride % count == 0 &&
+                 reinterpret_cast<uintptr_t>(operand.data) %
+                         static_cast<uintptr_t>(count * size_of(operand.dtype)) ==
+                     0;
+    for (int d = 1; d < a.rows.rank; ++d) whole &= operand.strides[d] % count == 0;
+    return whole;
   };
-  bool fills = a.rows.numel >= int64_t{2} * kThreads * device.multiprocessors;
-  return fills && a.rows.sizes[0] % 2 == 0 && has_pairs(a.input) && has_pairs(a.gradient) ? 2 : 1;
+  return a.rows.sizes[0] % count == 0 && has_groups(a.input) && has_groups(a.gradient);
 }
 
 }  // namespace
@@ -298,14 +279,17 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
   plan.cluster = 1;
   plan.terms = terms_of(a);
   const bool is_plain = plan.terms == Terms::kPlain;
-  // A few classes are taken by threads of their own without options alone.
-  bool in_rows =
-      is_plain || (a.classes > kFewClasses && (plan.terms == Terms::kStatistics || is_in_step(a)));
-  if (is_simple(a) && is_dense(a) && in_rows) {
+  const bool is_general =
+      !is_simple(a) || (plan.terms == Terms::kWeighted && !has_simple_coefficients(a));
+  const int pairs = static_cast<int>(8 / size_of(a.input.dtype));  // that pair_kernel takes
+  // Rows of a few classes are shared among threads without options alone.
+  if (!is_general && is_dense(a) && (is_plain || a.classes > kFewClasses)) {
     // A row takes so many vectors at most, whatever its alignment.
     int64_t vectors = a.classes * size_of(a.input.dtype) / 16;
-    int operands = a.has_probabilities ? 2 : 1;
-    int64_t bytes = vectors * 16 * operands;
+    // What a vector of logits and its probabilities take.
+    int64_t vector_bytes = 16;
+    if (a.has_probabilities) vector_bytes += 16 * size_of(a.target.dtype) / size_of(a.input.dtype);
+    int64_t bytes = vectors * vector_bytes;
     bool packed = is_packed(a);
     // What a block may have if so many are to fit into a multiprocessor.
     auto share = [&](int blocks) {
@@ -329,16 +313,16 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
       plan.kernel = SoftmaxCePlan::kBlock;
       plan.group = kThreads;
       if (a.gradient && bytes > share(3) && device.has_clusters) {
-        while (plan.cluster < kMostBlocks && bytes / plan.cluster + 16 * operands > share(3)) {
+        while (plan.cluster < kMostBlocks && bytes / plan.cluster + vector_bytes > share(3)) {
           plan.cluster *= 2;
         }
-        if (bytes / plan.cluster + 16 * operands > share(1)) plan.cluster = 1;
+        if (bytes / plan.cluster + vector_bytes > share(1)) plan.cluster = 1;
         if (plan.cluster > 1) plan.kernel = SoftmaxCePlan::kCluster;
       }
     }
     int groups = kThreads / plan.group;
     int64_t kept = (vectors + plan.cluster - 1) / plan.cluster + (vectors == 0);
-    int64_t kept_bytes = kept * operands * groups * 16;
+    int64_t kept_bytes = kept * groups * vector_bytes;
     // Rows of a warp or a cluster are always kept. A block's need not be where only the sums are
     // wanted, and cannot be where it is too long.
     bool keeps = plan.kernel == SoftmaxCePlan::kBlock ? kept_bytes <= share(a.gradient ? 1 : 3)
@@ -351,10 +335,18 @@ SoftmaxCePlan plan_softmax_ce(const SoftmaxCeArguments& a, const DeviceLimits& d
     plan.blocks = at_most((rows + groups - 1) / groups,
                           device.multiprocessors * kMostResident / plan.cluster) *
                   plan.cluster;
-  } else if (is_simple(a) && is_plain && rows >= 64 * device.multiprocessors) {
+  } else if (!is_general && is_plain && a.classes == 2 && lies_in_groups(a, pairs)) {
+    plan.kernel = SoftmaxCePlan::kPair;
+    plan.group = 1;
+    plan.blocks =
+        at_most((rows / pairs + kThreads - 1) / kThreads, kMostResident * device.multiprocessors);
+  } else if (!is_general && rows >= 64 * device.multiprocessors &&
+             (a.classes <= kFewClasses || a.input.class_stride != 1)) {
     plan.kernel = SoftmaxCePlan::kSpread;
     plan.group = 1;
-    plan.rows = rows_a_thread(a, device);
+    // Two rows where there remains a block for every multiprocessor.
+    bool fills = rows >= int64_t{2} * kThreads * device.multiprocessors;
+    plan.rows = is_plain && fills && lies_in_groups(a, 2) ? 2 : 1;
     plan.blocks = at_most((rows / plan.rows + kThreads - 1) / kThreads,
                           kMostResident * device.multiprocessors);
   } else {

@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "softmax_row.cuh"
+#include "softmax_options.cuh"
 
 namespace fused_ce {
 namespace {
@@ -36,46 +36,6 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
-
-// The larger one, or NaN where either is.
-__device__ __forceinline__ float larger(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-#else
-  return a > b || a != a ? a : b;
-#endif
-}
-template <int kCount>
-__device__ __forceinline__ float largest(const float (&values)[kCount]) {
-  float top = values[0];
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) top = larger(top, values[i]);
-  return top;
-}
-template <int kWidth>
-__device__ __forceinline__ float largest_of_lanes(float value) {
-  if constexpr (kWidth > 1) {
-    return largest_of_lanes<kWidth / 2>(larger(value, from_lane<kWidth / 2>(value)));
-  } else {
-    return value;
-  }
-}
-
-// The largest of the values that a thread sees, and the vector in which it saw that first. NaN
-// counts as the largest, as it does in torch.argmax.
-struct Peak {
-  float value;
-  int vector;
-
-  __device__ __forceinline__ void offer(float top, int v) {
-    if (!(top <= value) && value == value) *this = {top, v};
-  }
-  static __device__ __forceinline__ bool is(float value, float top) {
-    return top == top ? value == top : value != value;
-  }
-};
 
 // The sums of a row, with the largest logit and probability where its kernel finds them.
 template <Terms kTerms>
@@ -116,168 +76,13 @@ __device__ __forceinline__ int least(int found, int* shared) {  // [1] INT_MAX b
   return found;
 }
 
-// From an address that need not be a multiple of the vector's size unless it is `aligned`.
-template <int kCount, class T>
-__device__ __forceinline__ Group<T, kCount> load_group(const T* from, bool aligned) {  // [kCount]
-  if (aligned) return *reinterpret_cast<const Group<T, kCount>*>(from);
-  Group<T, kCount> group;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) group.values[i] = from[i];
-  return group;
-}
-
-// What the options do to some classes of a row.
-template <class T, Terms kTerms>
-struct Options {
-  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
-  static constexpr int kCount = 16 / sizeof(T);
-  static constexpr bool kWeighted = kTerms == Terms::kWeighted;
-  const SoftmaxCeParams& p;
-  const T* probabilities;  // [classes] or null
-  const T* weights;        // [classes] or null
-  bool target_aligned, weight_aligned;
-
-  // `first_class` is where this block's vectors begin.
-  __device__ __forceinline__ Options(const SoftmaxCeParams& params, int64_t row, int first_class)
-      : p(params), probabilities(nullptr), weights(nullptr) {
-    if (!kWeighted) return;
-    if (p.has_probabilities) {
-      probabilities = static_cast<const T*>(p.target.data) + row_offset(p.target, p.rows, row);
-    }
-    weights = static_cast<const T*>(p.weight.data);
-    auto is_aligned = [&](const T* x) {
-      return reinterpret_cast<uintptr_t>(x + first_class) % 16 == 0;
-    };
-    target_aligned = is_aligned(probabilities);
-    weight_aligned = is_aligned(weights);
-  }
-
-  // The probabilities of classes c .. c + kCount.
-  __device__ __forceinline__ Group<T, kCount> target_vector(int c) const {
-    return load_group<kCount>(probabilities + c, target_aligned);
-  }
-
-  // The coefficients of classes from c on, in the place of their probabilities.
-  template <int kN>
-  __device__ __forceinline__ void weigh(float (&b)[kN], int c) const {
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      b[i] = p.has_probabilities ? fmaf(b[i], p.in_float.keep, p.in_float.share) : p.in_float.share;
-    }
-    if (weights == nullptr) return;
-    auto group = load_group<kN>(weights + c, kN > 1 && weight_aligned);
-#pragma unroll
-    for (int i = 0; i < kN; ++i) b[i] *= to_real<float>(group.values[i]);
-  }
-
-  // A stored logit as the loss sees it: scaled and capped.
-  __device__ __forceinline__ float value_of(float logit) const {
-    const auto& k = p.in_float;
-    if (k.softcap == 0) return logit * k.logit_scale;
-    return cap<kPrecision>(k.softcap, logit * (k.logit_scale * k.inverse_softcap)).value;
-  }
-
-  // Logits less the reference, and the cap's derivatives, if there is one.
-  template <bool kCap, int kN>
-  __device__ __forceinline__ void shift(float (&logits)[kN], float (&slopes)[kN],
-                                        float reference) const {
-    const auto& k = p.in_float;
-    const float inner = k.logit_scale * k.inverse_softcap;
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      if constexpr (kCap) {
-        auto capped = cap<kPrecision>(k.softcap, logits[i] * inner);
-        logits[i] = capped.value - reference;
-        slopes[i] = capped.slope;
-      } else {
-        logits[i] = fmaf(logits[i], k.logit_scale, -reference);
-      }
-    }
-  }
-
-  // Adds up logits, the largest of which is `top`, with coefficients b, or 1.
-  template <int kN>
-  __device__ __forceinline__ void add(float (&logits)[kN], const float (&b)[kN], float top,
-                                      SumsAndPeaks<kTerms>& sums) const {
-    sums.admit(value_of(top));
-    auto add_all = [&]<bool kCap>() {
-      // Added up among themselves first, since a row may be long.
-      float e[kN], slopes[kN];
-      float exponentials = 0;
-      shift<kCap>(logits, slopes, sums.reference);
-#pragma unroll
-      for (int i = 0; i < kN; ++i) {
-        e[i] = sums.exponential(logits[i]);
-        exponentials = i == 0 ? e[0] : exponentials + e[i];
-      }
-      sums.exponentials += exponentials;
-      if (p.has_coefficients) {
-        float coefficients = kN, cost = 0;
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          float coefficient = kWeighted ? b[i] : 1;
-          if (kWeighted) coefficients = i == 0 ? coefficient : coefficients + coefficient;
-          cost = i == 0 ? -coefficient * logits[0] : cost - coefficient * logits[i];
-        }
-        sums.coefficients += coefficients;
-        sums.cost += cost;
-      }
-      if (p.entropy.data != nullptr || p.grad_entropy.data != nullptr) {
-        float entropy = 0;
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          entropy = i == 0 ? -e[0] * finite(logits[0]) : entropy - e[i] * finite(logits[i]);
-        }
-        sums.entropy += entropy;
-      }
-    };
-    if (p.in_float.softcap == 0) {
-      add_all.template operator()<false>();
-    } else {
-      add_all.template operator()<true>();
-    }
-  }
-
-  // The gradient at logits with coefficients b, or `share`, in the place of the logits. g is that
-  // of scaled logits; `of_label` is the term of a label's class, which comes alone.
-  template <int kN>
-  __device__ __forceinline__ void differentiate(float (&logits)[kN], const float (&b)[kN],
-                                                float reference, const SoftmaxGradient<float>& g,
-                                                float of_label) const {
-    const float constant = p.has_coefficients ? g.coefficient * p.in_float.share : 0.0f;
-    auto differentiate_all = [&]<bool kCap, bool kEntropy>() {
-      float slopes[kN];
-      shift<kCap>(logits, slopes, reference);
-#pragma unroll
-      for (int i = 0; i < kN; ++i) {
-        float factor = g.exponential - (kEntropy ? g.entropy * finite(logits[i]) : 0);
-        float coefficient = kWeighted ? g.coefficient * b[i] : constant;
-        logits[i] = fmaf(math::exp_shifted<kPrecision>(logits[i]), factor, -coefficient);
-        if constexpr (kN == 1) logits[i] -= of_label;
-        if constexpr (kCap) logits[i] *= slopes[i];
-      }
-    };
-    if (p.grad_entropy.data != nullptr) {
-      if (p.in_float.softcap == 0) {
-        differentiate_all.template operator()<false, true>();
-      } else {
-        differentiate_all.template operator()<true, true>();
-      }
-    } else if (p.in_float.softcap == 0) {
-      differentiate_all.template operator()<false, false>();
-    } else {
-      differentiate_all.template operator()<true, false>();
-    }
-  }
-};
-
 // Logits whose classes lie dense in memory. `kGroup` threads, of a warp or the block, take a row.
 // A row that fits is copied to shared memory as a whole, which keeps many bytes under way without a
 // register for any; each thread copies its own vectors of 16 bytes, adds up their sums, and makes
 // the gradient of them. A row too large for that is read from memory, and again for the gradient.
 // What lies before the first aligned address of a row and after the last whole vector, its threads
-// take in turn. Probabilities are copied in step with the logits.
-template <class T, Scope kScope, int kGroup, bool kGradient, bool kKept, Terms kTerms>
+// take in turn. Probabilities, of type S, are copied in step with the logits.
+template <class T, class S, Scope kScope, int kGroup, bool kGradient, bool kKept, Terms kTerms>
 __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted                          ? 2
                                             : kScope == Scope::kWarp && kTerms == Terms::kPlain ? 4
                                                                                                 : 3)
@@ -291,6 +96,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   // Vectors that are read, and in plain rows added up, at a time.
   constexpr int kBatch = kWeighted ? 2 : kScope == Scope::kWarp ? 16 / kCount : 4;
   using Vector = Group<T, kCount>;
+  using TargetVector = Group<S, kCount>;
+  constexpr int kTargetParts = sizeof(TargetVector) / 16;  // of 16 bytes
   using Sums = std::conditional_t<kPlain, RowSums<float, kTerms>, SumsAndPeaks<kTerms>>;
   extern __shared__ uint4 memory[];  // [groups of a block, logits and probabilities, kept_vectors]
   __shared__ Exchange<Sums> exchange;
@@ -321,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   step *= kGroups;
   const int lane = threadIdx.x % kGroup;
   Vector* kept = reinterpret_cast<Vector*>(memory);
-  kept += threadIdx.x / kGroup * (has_probabilities ? 2 : 1) * kept_vectors;
+  kept += threadIdx.x / kGroup * (has_probabilities ? 1 + kTargetParts : 1) * kept_vectors;
+  TargetVector* kept_targets = reinterpret_cast<TargetVector*>(kept + kept_vectors);
   const bool is_leader = lane == 0 && rank == 0;
   int parity = 0;
   float loss = 0;
@@ -360,12 +168,13 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
     };
     const Vector* from = reinterpret_cast<const Vector*>(x + head) + start;
     int first_class = head + start * kCount;
-    const Options<T, kTerms> options(p, row, first_class);
+    const Options<T, S, kTerms> options(p, row);
 
     // The vectors, from shared memory where they are kept.
     auto logits_at = [&](int v) { return kKept ? kept[v] : from[v]; };
     auto targets_at = [&](int v) {
-      return kKept ? kept[kept_vectors + v] : options.target_vector(first_class + v * kCount);
+      return kKept ? kept_targets[v]
+                   : load_vector<kCount>(options.probabilities + first_class + v * kCount);
     };
     auto probability_at = [&](int c) {
       return has_probabilities ? to_real<float>(options.probabilities[c]) : 0.0f;
@@ -375,14 +184,14 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
     Peak peak{-INFINITY, lane}, target_peak = peak;
     // Vectors that have arrived: the one at v and those that follow it.
     auto add = [&]<int kN>(int v, const Vector* raw /* [kN] */,
-                           const Vector* raw_target /* [kN] */) {
+                           const TargetVector* raw_target /* [kN] */) {
       float logits[kN * kCount];
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         unpack(raw[i], reinterpret_cast<float (&)[kCount]>(logits[i * kCount]));
       }
       if constexpr (kPlain) {
-        sums.add(logits, logit_scale, p.has_coefficients);
+        add_logits(sums, logits, logit_scale, p.has_coefficients);
       } else {
         float top = largest(logits);
         if (wants_top) peak.offer(top, v);
@@ -400,7 +209,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       }
     };
     auto read = [&]<int kN>(int v) {
-      Vector raw[kN], raw_target[kN];
+      Vector raw[kN];
+      TargetVector raw_target[kN];
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         raw[i] = logits_at(v + i * kGroup);
@@ -421,11 +231,15 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
           copy_async(slots + v, reinterpret_cast<const uint4*>(from) + v);
         }
         for (int v = lane; has_probabilities && v < vectors; v += kGroup) {
-          const T* of_vector = options.probabilities + first_class + v * kCount;
-          if (options.target_aligned) {
-            copy_async(slots + kept_vectors + v, reinterpret_cast<const uint4*>(of_vector));
+          const S* of_vector = options.probabilities + first_class + v * kCount;
+          if (holds_vector<TargetVector>(of_vector)) {
+            auto* to = reinterpret_cast<uint4*>(kept_targets + v);
+#pragma unroll
+            for (int i = 0; i < kTargetParts; ++i) {
+              copy_async(to + i, reinterpret_cast<const uint4*>(of_vector) + i);
+            }
           } else {
-            kept[kept_vectors + v] = load_group<kCount>(of_vector, false);
+            kept_targets[v] = load_vector<kCount>(of_vector);
           }
         }
       }
@@ -433,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
       for_extras([&](int c) {
         float logit[1] = {to_real<float>(x[c])};
         if constexpr (kPlain) {
-          sums.add(logit, logit_scale, p.has_coefficients);
+          add_logits(sums, logit, logit_scale, p.has_coefficients);
         } else {
           float b[1] = {probability_at(c)};
           const float top = logit[0];
@@ -467,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
         });
         bool is_searching = Peak::is(peak.value, top);
 #pragma unroll 1
-        for (int v = peak.vector; is_searching && v < vectors; v += kGroup) {
+        for (int v = peak.place; is_searching && v < vectors; v += kGroup) {
           float values[kCount];
           unpack(vector_at(v), values);
           int at = first_class + v * kCount;
@@ -551,7 +365,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
         dx[c] = from_real<T>(value[0]);
       };
       auto write = [&]<bool kAligned, int kN>(int v) {
-        Vector raw[kN], raw_target[kN];
+        Vector raw[kN];
+        TargetVector raw_target[kN];
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           raw[i] = logits_at(v + i * kGroup);
@@ -609,10 +424,10 @@ void launch_row(Kernel kernel, const SoftmaxCeParams& p, const SoftmaxCePlan& pl
   cudaLaunchKernelEx(&config, kernel, p, plan.kept_vectors);
 }
 
-template <class T, Scope kScope, int kGroup, Terms kTerms>
+template <class T, class S, Scope kScope, int kGroup, Terms kTerms>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   auto launch = [&]<bool kGradient, bool kKept>() {
-    launch_row(row_kernel<T, kScope, kGroup, kGradient, kKept, kTerms>, p, plan, stream);
+    launch_row(row_kernel<T, S, kScope, kGroup, kGradient, kKept, kTerms>, p, plan, stream);
   };
   const bool has_gradient = p.gradient.data != nullptr;
   if constexpr (kScope == Scope::kCluster) {
@@ -632,29 +447,31 @@ void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream
   }
 }
 
-template <class T, Terms kTerms>
+template <class T, class S, Terms kTerms>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   switch (plan.kernel) {
     case SoftmaxCePlan::kWarp:
       if constexpr (kTerms == Terms::kPlain) {
-        if (plan.group == 8) return launch_rows<T, Scope::kWarp, 8, kTerms>(p, plan, stream);
+        if (plan.group == 8) return launch_rows<T, S, Scope::kWarp, 8, kTerms>(p, plan, stream);
       }
-      return launch_rows<T, Scope::kWarp, 32, kTerms>(p, plan, stream);
+      return launch_rows<T, S, Scope::kWarp, 32, kTerms>(p, plan, stream);
     case SoftmaxCePlan::kBlock:
-      return launch_rows<T, Scope::kBlock, kThreads, kTerms>(p, plan, stream);
+      return launch_rows<T, S, Scope::kBlock, kThreads, kTerms>(p, plan, stream);
     default:
-      return launch_rows<T, Scope::kCluster, kThreads, kTerms>(p, plan, stream);
+      return launch_rows<T, S, Scope::kCluster, kThreads, kTerms>(p, plan, stream);
   }
 }
 
 template <class T>
 void launch_rows(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStream_t stream) {
   if (plan.terms == Terms::kPlain) {
-    launch_rows<T, Terms::kPlain>(p, plan, stream);
+    launch_rows<T, T, Terms::kPlain>(p, plan, stream);
   } else if (plan.terms == Terms::kStatistics) {
-    launch_rows<T, Terms::kStatistics>(p, plan, stream);
+    launch_rows<T, T, Terms::kStatistics>(p, plan, stream);
+  } else if (p.has_probabilities && p.target.dtype == Dtype::kFloat32) {
+    launch_rows<T, float, Terms::kWeighted>(p, plan, stream);
   } else {
-    launch_rows<T, Terms::kWeighted>(p, plan, stream);
+    launch_rows<T, T, Terms::kWeighted>(p, plan, stream);
   }
 }
 

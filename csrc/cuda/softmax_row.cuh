@@ -18,10 +18,14 @@ __device__ __forceinline__ Real quiet_nan() {
   return static_cast<Real>(__int_as_float(0x7fc00000));
 }
 
-// Most rows merge to one dimension.
+// Most rows merge to one dimension, those of images to two.
 __device__ __forceinline__ int64_t row_offset(const CudaOperand& operand, const CudaSpace& rows,
                                               int64_t row) {
-  return rows.rank == 1 ? row * operand.strides[0] : offset_of(operand, rows, row);
+  if (operand.access == CudaOperand::kFlat) return row;
+  if (rows.rank == 1) return row * operand.strides[0];
+  if (rows.rank > 2) return offset_of(operand, rows, row);
+  Division image = divide(row, rows, 0);
+  return image.quotient * operand.strides[1] + image.remainder * operand.strides[0];
 }
 
 template <class Real>
@@ -107,26 +111,15 @@ struct RowSums : SoftmaxSums<Real> {
     if (lacks_room(top)) refer_to(top);
   }
 
-  // Logits before their scale, with coefficients of 1 if any.
-  template <int kCount>
-  __device__ __forceinline__ void add(const Real (&logits)[kCount], Real scale,
-                                      bool with_coefficients) {
-    Real top = logits[0];
-#pragma unroll
-    for (int i = 1; i < kCount; ++i) top = fmaxf(top, logits[i]);
-    admit(top * scale);
-    Real shifted[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) shifted[i] = fmaf(logits[i], scale, -reference);
-    if (with_coefficients) {
-      coefficients += kCount;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) cost -= shifted[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) shifted[i] = exponential(shifted[i]);
-    exponentials += pairwise_sum(shifted);
+  // What some classes add.
+  __device__ __forceinline__ void gather(Real more_exponentials) {
+    exponentials += more_exponentials;
   }
+  __device__ __forceinline__ void gather_terms(Real more_coefficients, Real more_cost) {
+    coefficients += more_coefficients;
+    cost += more_cost;
+  }
+  __device__ __forceinline__ const RowSums& settled() const { return *this; }
 
   // Adds up those of `kWidth` neighbouring lanes, in all of them.
   template <int kWidth>
@@ -140,6 +133,67 @@ struct RowSums : SoftmaxSums<Real> {
     if constexpr (kTerms != Terms::kPlain) entropy = warp_sum<kWidth>(entropy);
   }
 };
+
+// The sums of a thread that may add up a long row by itself: what rounding takes would be most of
+// their error, and is added in the end.
+template <class Real, Terms kTerms>
+struct LongRowSums : RowSums<Real, kTerms> {
+  using Sums = RowSums<Real, kTerms>;
+  using Sums::exponentials, Sums::coefficients, Sums::cost;
+  Real lost_exponentials, lost_coefficients, lost_cost;
+
+  static __device__ __forceinline__ LongRowSums none() { return {Sums::none(), 0, 0, 0}; }
+
+  __device__ __forceinline__ void admit(Real top) {
+    if (!this->lacks_room(top)) return;
+    exponentials = math::with_lost(exponentials, lost_exponentials);
+    lost_exponentials = 0;
+    this->refer_to(top);
+  }
+  __device__ __forceinline__ void gather(Real more_exponentials) {
+    add(exponentials, lost_exponentials, more_exponentials);
+  }
+  __device__ __forceinline__ void gather_terms(Real more_coefficients, Real more_cost) {
+    add(coefficients, lost_coefficients, more_coefficients);
+    add(cost, lost_cost, more_cost);
+  }
+  __device__ __forceinline__ Sums settled() const {
+    Sums sums = *this;
+    sums.exponentials = math::with_lost(exponentials, lost_exponentials);
+    sums.coefficients = math::with_lost(coefficients, lost_coefficients);
+    sums.cost = math::with_lost(cost, lost_cost);
+    return sums;
+  }
+
+ private:
+  static __device__ __forceinline__ void add(Real& sum, Real& lost, Real term) {
+    Real next = sum + term;
+    lost += math::lost_in(sum, term, next);
+    sum = next;
+  }
+};
+
+// Adds logits, given before their scale, with coefficients of 1 if any.
+template <class Sums, int kCount>
+__device__ __forceinline__ void add_logits(Sums& sums, const float (&logits)[kCount], float scale,
+                                           bool with_coefficients) {
+  float top = logits[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) top = fmaxf(top, logits[i]);
+  sums.admit(top * scale);
+  float shifted[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) shifted[i] = fmaf(logits[i], scale, -sums.reference);
+  if (with_coefficients) {
+    float terms[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) terms[i] = shifted[i];
+    sums.gather_terms(kCount, -pairwise_sum(terms));
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) shifted[i] = sums.exponential(shifted[i]);
+  sums.gather(pairwise_sum(shifted));
+}
 
 // A difference of logits by which an exponential that is 0 may be multiplied.
 __device__ __forceinline__ float finite(float shifted) { return fmaxf(shifted, -128.0f); }
