@@ -41,6 +41,15 @@ def reduction_code(reduction: str, size_average: bool | None, reduce: bool | Non
         return torch_reduction.get_enum(reduction)
 
 
+def check_tensors(function: str, input: Tensor, target: Tensor) -> None:
+    if isinstance(input, Tensor) and isinstance(target, Tensor):
+        return
+    is_target = isinstance(input, Tensor)
+    place = "'target' (position 2)" if is_target else "'input' (position 1)"
+    found = type(target if is_target else input).__name__
+    raise TypeError(f"{function}(): argument {place} must be Tensor, not {found}")
+
+
 def expects_gradient(option: Any) -> bool:
     return isinstance(option, Tensor) and option.requires_grad
 
@@ -137,7 +146,7 @@ def read_normalizer(
         raise TypeError("normalizer must be a number or a tensor, not str")
     if torch.compiler.is_compiling():  # which would compile anew for each number
         dtype = torch.promote_types(input.dtype, torch.float32)
-        return input.new_full((), normalizer, dtype=dtype), None
+        return input.new_ones((), dtype=dtype) * normalizer, None
     return None, float(normalizer)
 
 

@@ -22,11 +22,12 @@ def transforms_active() -> bool:
 
 
 def is_composed(input: Tensor) -> bool:
-    """Whether a loss is composed from torch's operations: under transforms, and for tensors made of
-    others (DTensor), which know these operations but not ours."""
+    """Whether a loss is composed from torch's operations: under transforms; for tensors made of
+    others (DTensor), which know these operations but not ours; and by torch.jit.trace, which cannot
+    save an autograd function."""
     if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return True
-    return transforms_active()
+    return transforms_active() or torch.jit._trace.is_tracing()
 
 
 def is_recording() -> bool:
@@ -158,6 +159,13 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
+def distinct(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors, all but the first as views, as arguments of an autograd function in compiled
+    code, where Dynamo takes no tensor twice."""
+    first, *others = tensors
+    return (first, *(t if t is None else t.view_as(t) for t in others))
+
+
 class Differentiated(Protocol):
     """A loss's autograd function, as `gradients` sees it. Tensors are the loss's own, the logits
     first."""
@@ -201,8 +209,8 @@ def _gradients(
     scaling would round a second time. The others, and all of them where they must be
     differentiable, are composed.
     """
-    # A graph of this backward is wanted, or it is batched (is_grads_batched=True comes with the
-    # batched tensors that functorch's replaced elsewhere).
+    # A graph of this backward is wanted, or it is batched, for which is_grads_batched=True has
+    # batched tensors of its own.
     composed = torch.is_grad_enabled() or transforms_active()
     count = 0
     for grad in grad_outputs:
@@ -222,6 +230,7 @@ def _gradients(
                 "gradient: its logits are overwritten"
             )
     if composed:
+        ctx.__dict__.pop("gradient", None)  # as large as the logits, and unused from now on
         return _composed(loss, ctx, tensors, needs, grad_outputs)
     if True in needs[1:]:
         if overwritten is not None and ctx.__dict__.get("gradient") is not None:
@@ -286,3 +295,7 @@ def _composed(
             )
         )
     return [next(found) if need else None for need in needs]
+
+
+torch.library.register_fake("fused_ce::_empty_gradient", torch.empty_like)
+torch.library.register_fake("fused_ce::_scale_", lambda gradient, scale: None)

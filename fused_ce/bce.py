@@ -20,6 +20,7 @@ from fused_ce.arguments import (
     HALVES,
     REALS,
     REDUCTIONS,
+    check_tensors,
     defaults_of,
     dtype_name,
     is_autocast_enabled,
@@ -35,6 +36,7 @@ from fused_ce.arguments import (
 from fused_ce.autograd import (
     Overwritten,
     apply_overwriting,
+    distinct,
     forward_gradient,
     gradients,
     is_composed,
@@ -75,7 +77,8 @@ def binary_cross_entropy_with_logits(
     Args:
         input: logits :math:`x` of any shape and strides; float64, float32, float16 or bfloat16.
         target: :math:`t`, of the input's shape: float of any value (soft labels), bool or integer.
-        weight: :math:`w`, broadcast to the input (trailing-aligned, never enlarging it); any dtype.
+        weight: :math:`w`, broadcast to the input (trailing-aligned, never enlarging it); of any
+            float dtype, integer or bool.
         size_average, reduce: torch's deprecated switches; they override `reduction`.
         reduction: "none", "mean" (over the number of elements, whatever the weights) or "sum".
         pos_weight: :math:`p`, broadcast as `weight` is.
@@ -130,6 +133,7 @@ def binary_cross_entropy_with_logits(
         raise ValueError(
             f"Target size ({target.size()}) must be the same as input size ({input.size()})"
         )
+    check_tensors("binary_cross_entropy_with_logits", input, target)
     if weight is not None:
         weight = _checked_weight(
             "binary_cross_entropy_with_logits(): argument 'weight' (position 3)", weight, input
@@ -217,6 +221,7 @@ def binary_cross_entropy(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}) is deprecated. Please ensure they have the same size."
         )
+    check_tensors("binary_cross_entropy", input, target)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         raise RuntimeError(
             "binary_cross_entropy and BCELoss are unsafe to autocast: a probability of a half type "
@@ -326,6 +331,7 @@ def sigmoid_focal_loss(
         raise ValueError(
             f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})"
         )
+    check_tensors("sigmoid_focal_loss", inputs, targets)
     return _prepare(
         "sigmoid_focal_loss",
         inputs,
@@ -456,7 +462,7 @@ def _apply(
             # Dynamo cannot trace the torch.autograd.grad of `gradients`, and export keeps no
             # backward pass: the exported module differentiates what it is made of.
             return reference.bce(*arguments, *options)
-        return _BCE.apply(*arguments, options, None)  # type: ignore[no-any-return,no-untyped-call]
+        return _BCE.apply(*distinct(arguments), options, None)  # type: ignore[no-any-return,no-untyped-call]
     if inplace and input.requires_grad:
         return apply_overwriting(lambda o: _bce_function(*arguments, options, o), input)  # type: ignore[no-any-return]
     return _bce_function(*arguments, options, None)
@@ -546,5 +552,3 @@ torch.library.register_fake(
     "fused_ce::_bce_with_gradient", lambda _, *arguments: _bce_fake(*arguments)
 )
 torch.library.register_fake("fused_ce::_bce_backward", lambda *_: None)
-torch.library.register_fake("fused_ce::_empty_gradient", torch.empty_like)
-torch.library.register_fake("fused_ce::_scale_", lambda gradient, scale: None)

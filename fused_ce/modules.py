@@ -1,4 +1,5 @@
-"""The losses as modules: subclasses of torch.nn's, with their isinstance, repr and state dicts."""
+"""The losses as modules: subclasses of torch.nn's, with their isinstance, repr and state dicts, and
+one for the focal loss, which torch.nn has not."""
 
 from __future__ import annotations
 

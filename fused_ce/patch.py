@@ -34,7 +34,9 @@ def replace_losses(module: nn.Module) -> nn.Module:
 def patched_functional() -> Iterator[None]:
     """Within the block, `torch.nn.functional.cross_entropy`, `binary_cross_entropy` and
     `binary_cross_entropy_with_logits` are ours, and so are the modules of torch.nn that call them.
-    Names that other modules have imported before keep what they hold.
+    Names that other modules have imported before keep what they hold. Blocks may nest, but not
+    overlap otherwise (in several threads, say): the last to end would leave ours behind.
+    torch.jit.script refuses these functions within the block.
     """
     names = ("cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits")
     before = {name: getattr(nn.functional, name) for name in names}

@@ -23,6 +23,7 @@ from fused_ce.arguments import (
     HALVES,
     LABELS,
     REALS,
+    check_tensors,
     defaults_of,
     dtype_name,
     is_autocast_enabled,
@@ -38,6 +39,7 @@ from fused_ce.arguments import (
 from fused_ce.autograd import (
     Overwritten,
     apply_overwriting,
+    distinct,
     forward_gradient,
     gradients,
     is_composed,
@@ -172,10 +174,7 @@ def cross_entropy(
             inplace_backward=inplace_backward,
         )
     code = reduction_code(reduction, size_average, reduce)
-    if not isinstance(input, Tensor):
-        raise _type_error("input", 1, "Tensor", input)
-    if not isinstance(target, Tensor):
-        raise _type_error("target", 2, "Tensor", target)
+    check_tensors("cross_entropy_loss", input, target)
     if weight is not None and not isinstance(weight, Tensor):
         raise _type_error("weight", 3, "Tensor", weight)
     if type(ignore_index) is not int or ignore_index != -100:
@@ -389,7 +388,7 @@ def _apply(
     if torch.compiler.is_compiling():
         if others_require_grad or is_exporting():  # as in bce.py
             return _wanted(reference.softmax_ce(outputs, *tensors, *options), outputs)
-        return _SoftmaxCE.apply(*tensors, options, outputs, None)  # type: ignore[no-untyped-call]
+        return _SoftmaxCE.apply(*distinct(tensors), options, outputs, None)  # type: ignore[no-untyped-call]
     if inplace and input.requires_grad:
         return apply_overwriting(
             lambda o: _softmax_ce_function(*tensors, options, outputs, o), input

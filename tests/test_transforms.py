@@ -722,15 +722,58 @@ def test_compile_normalizer_of_the_shape(device: str) -> None:
         torch.testing.assert_close(compiled(x, t), bce_with_logits(x, t, normalizer=rows))
 
 
-def test_compile_normalizers_that_differ(device: str) -> None:
+@pytest.mark.parametrize("kind", [int, float])
+def test_compile_normalizers_that_differ(kind: type, device: str) -> None:
     """As the number of tokens does from step to step: it is no constant of the code."""
     x, t = make_input(LOGITS, (4, 5)).to(device), make_target((4, 5)).to(device)
     graphs = Graphs()
     for loss in (bce_with_logits, cross_entropy):
         compiled = graphs.compile(lambda x, t, n, loss=loss: loss(x, t, normalizer=n))
         for n in range(17, 29):
-            torch.testing.assert_close(compiled(x, t, n), loss(x, t, normalizer=n))
+            number = kind(n)
+            torch.testing.assert_close(compiled(x, t, number), loss(x, t, normalizer=number))
     assert len(graphs.code) <= 4  # of one number, and of any
+
+
+# One tensor in two arguments.
+TWICE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weight of the targets": lambda x, t: bce_with_logits(x, t, weight=t),
+    "one weight for both": lambda x, t: bce_with_logits(x, t, weight=t[0], pos_weight=t[0]),
+    "probabilities": lambda x, t: PROBABILITY.ours(x.sigmoid(), t, weight=t),
+    "softmax": lambda x, t: cross_entropy(x[0], t[0], weight=t[0]),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_compile_of_one_tensor_twice(name: str, device: str) -> None:
+    loss = TWICE[name]
+    x, t = make_input(LOGITS, (4, 5)).to(device).requires_grad_(), torch.rand(4, 5).to(device)
+    found = [torch.autograd.grad(f(x, t), x) for f in (loss, Graphs().compile(loss))]
+    torch.testing.assert_close(*found)
+
+
+@each_loss
+def test_trace_and_save(form: Form, device: str) -> None:
+    x, t = make_input(form, (4, 5)).to(device), torch.rand(4, 5).to(device)
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return form.ours(x, t, reduction="mean")
+
+    traced = torch.jit.trace(loss, (x.requires_grad_(), t))
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    found = [torch.autograd.grad(f(x, t), x) for f in (loss, torch.jit.load(buffer))]
+    torch.testing.assert_close(*found)
+
+
+@each_loss
+def test_no_gradient_stays_behind(form: Form, device: str) -> None:
+    """One that forward has written, where backward composes another."""
+    x = make_input(form, (4, 5)).to(device).requires_grad_()
+    loss = form.ours(x, torch.rand(4, 5).to(device), reduction="mean")
+    torch.autograd.grad(loss, x, create_graph=True)
+    assert "gradient" not in vars(loss.grad_fn)
 
 
 def test_compile_of_grad(device: str) -> None:
