@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import os
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -202,11 +203,17 @@ def plot(
 
 def main(
     steps: Annotated[int, typer.Option(min=2)] = 100,
-    plot_path: Annotated[Path, typer.Option("--plot")] = Path("train_lm.png"),
+    plot_path: Annotated[Path, typer.Option("--plot", dir_okay=False, writable=True)] = Path(
+        "train_lm.png"
+    ),
     seed: int = 0,
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Compare torch's CrossEntropyLoss and ours on a byte-level language model."""
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise typer.BadParameter(f"{device} is not available", param_hint="--device")
+    if not os.access(plot_path.parent, os.W_OK) or plot_path.suffix not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"cannot write {plot_path} as png, pdf, svg", param_hint="--plot")
     data = text().to(device)
     peaks = find_peaks(data, seed)
     losses = loss_functions()

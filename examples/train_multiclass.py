@@ -5,6 +5,7 @@ python examples/train_multiclass.py --epochs 40 --plot train_multiclass.png
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,17 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 
 def main(
     epochs: Annotated[int, typer.Option(min=1)] = 40,
-    plot_path: Annotated[Path, typer.Option("--plot")] = Path("train_multiclass.png"),
+    plot_path: Annotated[Path, typer.Option("--plot", dir_okay=False, writable=True)] = Path(
+        "train_multiclass.png"
+    ),
     seed: int = 0,
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Compare torch's CrossEntropyLoss and ours on scikit-learn's digits."""
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise typer.BadParameter(f"{device} is not available", param_hint="--device")
+    if not os.access(plot_path.parent, os.W_OK) or plot_path.suffix not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"cannot write {plot_path} as png, pdf, svg", param_hint="--plot")
     torch.set_num_threads(1)  # the matrices are too small to share out
     data = load(seed, device)
     counts = torch.bincount(data.train_y, minlength=CLASSES)

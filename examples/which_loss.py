@@ -6,6 +6,7 @@ python examples/which_loss.py
 from __future__ import annotations
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -91,8 +92,13 @@ def average_over_batches() -> None:
     print(f"plain mean of the batch means (wrong):  {wrong:.4f}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Which loss for which labels, with the identities between the losses checked."""
     torch.manual_seed(0)
     three_cases()
     identities()
     average_over_batches()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -159,13 +159,25 @@ def test_bench_draws_a_plot(written):
         ("--case", "plain,odd", "unknown case 'odd'"),
         ("--pass", "sideways", "unknown pass 'sideways'"),
         ("--size", "12Q", "not a size: '12Q'"),
-        ("--repeats", "0", "0 is not positive"),
-        ("--csv", "no/such/folder/x.csv", "no such directory"),
+        ("--device", "meta", "unknown device 'meta'"),
+        ("--device", "cpu:x", "unknown device 'cpu:x'"),
+        ("--device", "cuda:99", "torch finds no cuda:99 here"),
+        ("--repeats", "0", "'0' is not an integer of at least 1"),
+        ("--repeats", "1.5", "'1.5' is not an integer of at least 1"),
+        ("--threads", "x", "'x' is not an integer of at least 1"),
+        ("--seconds", "x", "'x' is not a finite number of at least 0"),
+        ("--seconds", "-1", "'-1' is not a finite number of at least 0"),
+        ("--seconds", "nan", "'nan' is not a finite number of at least 0"),
+        ("--seconds", "inf", "'inf' is not a finite number of at least 0"),
+        ("--csv", "no/such/folder/x.csv", "cannot be written: no/such/folder/x.csv"),
+        ("--csv", ".", "cannot be written: ."),
+        ("--plot", "x.xyz", "x.xyz does not end in .png, .pdf or .svg"),
+        ("--plot", "no/such/folder/x.png", "cannot be written: no/such/folder/x.png"),
     ],
 )
 def test_unknown_values_are_refused(option, value, message, capsys):
     with pytest.raises(SystemExit) as refused:
-        main(["bench", "bce", option, value])
+        main(["bench", "bce", "--size", "4", *QUICK, option, value])
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -191,6 +203,24 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
     monkeypatch.setitem(LOSSES, "bce", loss)
     assert main(["bench", "bce", "--size", "64", *QUICK]) == 1
     assert "wrong result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["1000000Gix1000", "1000000Gix1000000Gi", f"{10**20}x1"],
+    ids=["memory", "bytes", "elements"],
+)
+@pytest.mark.usefixtures("quick_copy")
+def test_inputs_that_do_not_fit_are_one_line(size, capsys):
+    assert main(["bench", "ce", "--size", size, *QUICK]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"no inputs for plain forward float32 {size}: ")
+
+
+@pytest.mark.usefixtures("quick_copy")
+def test_a_device_may_have_an_index(capsys):
+    assert main(["bench", "bce", "--size", "64", "--device", "cpu:3", *QUICK]) == 0
+    assert "plain" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick_copy")
@@ -227,8 +257,9 @@ def test_lines_need_two_numbers_of_classes(sizes, panels, monkeypatch, tmp_path)
     ("loss", "case"), [(loss, case) for loss in LOSSES for case in LOSSES[loss].cases]
 )
 def test_every_case_runs_and_is_checked(loss, case, capsys):
-    # 3 rows of 7 classes at 5 positions, to a loss over elements just as many of these
-    options = ["--case", case, "--dtype", "float16", "--size", "3x7x5"]
+    # 3 rows of 7 classes at 5 positions, to a loss over elements just as many of these; and of
+    # one class, whose loss and gradient are 0
+    options = ["--case", case, "--dtype", "float16", "--size", "3x7x5,3x1"]
     passes = ["--pass", "backward,both"]
     assert main(["bench", loss, *options, *passes, *QUICK]) == 0
     assert case in capsys.readouterr().out

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,52 @@ def test_sentiment_data() -> None:
     labels, texts = zip(*(line.split("\t") for line in lines), strict=True)
     assert labels == ("positive", "negative") * (len(lines) // 2)  # the example relies on the pairs
     assert len({text.lower() for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize("name", ["train_binary.py", "train_multiclass.py", "train_lm.py"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--plot", "no/folder/a.png", "cannot write no/folder/a.png"),
+        ("--plot", "a.xyz", "cannot write a.xyz as png"),
+        ("--plot", ".", "is a directory"),
+        ("--device", "nope", "nope is not available"),
+        ("--device", "meta", "meta is not available"),
+        ("--device", "cuda", "cuda is not available"),
+    ],
+)
+def test_refused_before_training(
+    name: str,
+    option: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [name, option, value])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "message"),
+    [("--help", 0, "Which loss for which labels"), ("a", 2, "unexpected extra argument")],
+)
+def test_which_loss_reads_its_arguments(
+    argument: str,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["which_loss.py", argument])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(EXAMPLES / "which_loss.py"), run_name="__main__")
+    assert left.value.code == status
+    assert message in "".join(capsys.readouterr())
 
 
 def test_which_loss(tmp_path: Path) -> None:

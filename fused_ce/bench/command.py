@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from fused_ce.bench.losses import LOSSES
-from fused_ce.bench.measure import TOLERANCE, Record, WrongResultError, copy_bandwidth, measure
+from fused_ce.bench.measure import TOLERANCE, Record, UnmeasurableError, copy_bandwidth, measure
 from fused_ce.bench.rows import PASSES, STANDARD_PASSES, Row, parse_size, rows
 
 
@@ -40,12 +42,14 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--against", **_list("rival", rivals), default=",".join(rivals))
-    parser.add_argument("--threads", type=_positive, help="on the CPU; None: as torch chooses")
-    parser.add_argument("--repeats", type=_positive, default=20, help="samples, at least")
+    positive = partial(_number, kind=int, least=1)
+    parser.add_argument("--threads", type=positive, help="on the CPU; None: as torch chooses")
+    parser.add_argument("--repeats", type=positive, default=20, help="samples, at least")
+    seconds = partial(_number, kind=float, least=0)
     parser.add_argument(
-        "--seconds", type=float, default=2, help="of wall time for each contender, at least"
+        "--seconds", type=seconds, default=2, help="of wall time for each contender, at least"
     )
-    parser.add_argument("--plot", type=_file, metavar="PNG", help="file of bars of the ratios")
+    parser.add_argument("--plot", type=_image, metavar="PNG", help="file of bars of the ratios")
     parser.add_argument("--csv", type=_file, metavar="CSV", help="file of one line per contender")
     parser.add_argument("--json", type=_file, metavar="JSON", help="the same, and the machine")
 
@@ -79,8 +83,9 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.device != "cpu":
-        torch.cuda.set_device(torch.device(options.device).index or 0)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     todo = list(chosen)
     if not todo:
         print("nothing to measure: inplace has no forward pass of its own", file=sys.stderr)
@@ -98,7 +103,7 @@ def run(chosen: Iterable[Row], options: argparse.Namespace) -> int:
                 measured, failures = measure(
                     row, options.against, options.repeats, options.seconds, copy
                 )
-            except WrongResultError as error:
+            except (UnmeasurableError, torch.OutOfMemoryError) as error:
                 print(error, file=sys.stderr)
                 return 1
             records += measured
@@ -151,23 +156,36 @@ def _sizes(text: str, dimensions: int) -> list[str]:
 
 
 def _device(text: str) -> str:
-    kind = text.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
+    device = None
+    with suppress(RuntimeError):
+        device = torch.device(text)
+    if device is None or device.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"unknown device {text!r} (choose from cpu, cuda)")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch finds no {text} here")
     return text
 
 
 def _file(text: str) -> Path:
     path = Path(text)
-    if not path.absolute().parent.is_dir():  # said now rather than after the last row
-        raise argparse.ArgumentTypeError(f"no such directory: {path.parent}")
+    # Said now rather than after the last row.
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text}")
     return path
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
+def _image(text: str) -> Path:
+    if not text.lower().endswith((".png", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png, .pdf or .svg")
+    return _file(text)
+
+
+def _number(text: str, kind: type[int] | type[float], least: int) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not least <= number < math.inf:
+        what = "an integer" if kind is int else "a finite number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {least}")
     return number

@@ -47,8 +47,8 @@ Record = TypedDict(
 )
 
 
-class WrongResultError(Exception):
-    """Our own result is off: there is nothing worth timing."""
+class UnmeasurableError(Exception):
+    """Our own result is off, or there is no memory: there is nothing worth timing."""
 
 
 def measure(
@@ -56,7 +56,10 @@ def measure(
 ) -> tuple[list[Record], dict[str, str]]:
     """A record of each contender, and why those rivals that have none raised an error."""
     contenders = row.contenders(rivals)
-    feed = Feed(row)
+    try:
+        feed = Feed(row)
+    except (RuntimeError, TypeError) as error:  # more bytes than can be had, or counted
+        raise UnmeasurableError(f"no inputs for {row.label}: {_first_line(error)}") from None
     errors, failures = _check(row, contenders, feed)
     contenders = {name: function for name, function in contenders.items() if name in errors}
     rounds, steps = _time(row, contenders, feed, repeats, seconds)
@@ -114,7 +117,7 @@ def _check(
         if row.passes != "forward":
             gradient = torch.autograd.grad(loss, inputs.leaf)[0]
             gradient_error = _gradient_error(gradient, right_gradient)
-        return abs(loss.item() - right_loss) / abs(right_loss), gradient_error
+        return _relative(abs(loss.item() - right_loss), abs(right_loss)), gradient_error
 
     errors, failures = {}, {}
     for name, function in contenders.items():
@@ -123,11 +126,18 @@ def _check(
         except Exception as error:
             if name == OURS:
                 raise
-            text = _COLOUR.sub("", str(error)).strip()
-            failures[name] = text.partition("\n")[0]
+            failures[name] = _first_line(error)
     if not _accurate(row, errors[OURS]):
-        raise WrongResultError(f"wrong result for {row}: errors of loss, gradient {errors[OURS]}")
+        raise UnmeasurableError(f"wrong result for {row}: errors of loss, gradient {errors[OURS]}")
     return errors, failures
+
+
+def _first_line(error: Exception) -> str:
+    return _COLOUR.sub("", str(error)).strip().partition("\n")[0]
+
+
+def _relative(error: float, right: float) -> float:
+    return error / (right or 1.0)  # a single class has loss and gradient 0
 
 
 def _gradient_error(gradient: Tensor, right: Tensor) -> float:
@@ -135,7 +145,7 @@ def _gradient_error(gradient: Tensor, right: Tensor) -> float:
     # A mean over many elements leaves float16 gradients below its smallest number.
     unit = kind.smallest_normal * kind.eps
     error = (gradient - right).abs_().max().item() - unit
-    return max(error / right.abs().max().item(), 0.0)
+    return max(_relative(error, right.abs().max().item()), 0.0)
 
 
 def _accurate(row: Row, errors: tuple[float, float | None]) -> bool:
