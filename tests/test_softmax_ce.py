@@ -275,6 +275,17 @@ def test_rows_and_columns_apart(step: int, device: str) -> None:
     check(wide[::2, 3:100], make_labels((5, 97)), device)
 
 
+# Rows that are columns of memory: whole groups of a CPU's chunks and one row more, of classes that
+# no buffer holds, or hardly.
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("shape", [(64, 3001), (65, 20_001), (17, 1025)], ids=str)
+def test_many_classes_in_columns(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    x = make_logits(shape, dtype).t().contiguous().t()
+    for t in (ignoring(make_labels(shape)), make_probabilities(shape, dtype)):
+        for reduction in REDUCTIONS:
+            check(x, t, device, reduction=reduction)
+
+
 # Logits whose rows lie side by side: (shape, strides, storage offset). A GPU's thread takes two
 # rows where each class of both is one aligned access; of the 98568 rows here there are enough for
 # that on up to 192 multiprocessors. From "odd images" on, pairs would reach across an end or be

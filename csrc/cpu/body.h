@@ -29,6 +29,12 @@ struct Sum {
   __attribute__((always_inline)) double total() const { return math::with_lost(value, lost); }
 };
 
+// Whether neighbouring rows of logits are neighbours in memory, and there is a vector of them.
+inline bool lies_in_columns(const SoftmaxCeArguments& a) {
+  return a.input.class_stride != 1 && a.input.strides[0] == 1 && a.rows.sizes[0] >= 16;
+}
+constexpr int64_t kRowsInColumns = 32;  // then of a chunk, at least
+
 // The labels of some rows.
 struct Labels {
   double weights = 0;    // of those that are not ignore_index, summed

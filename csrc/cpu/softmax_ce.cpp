@@ -57,14 +57,14 @@ void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
     use_huge_pages(a.gradient, last < 0 ? last : last + (a.classes - 1) * a.gradient.class_stride);
   }
 
-  // Rows of few classes go in groups, so that chunks where a class's rows are neighbours in memory
-  // keep to whole lines of it.
+  // Where a class's rows are neighbours in memory they go in groups, so that chunks keep to whole
+  // lines of it; so do rows of few classes.
   int64_t rows = a.classes < kChunk ? kChunk / (a.classes > 0 ? a.classes : 1) : 1;
-  int64_t group = a.classes <= 64 ? 512 : rows >= 16 ? 16 : 1;
+  int64_t group = a.classes <= 64 ? 512 : lies_in_columns(a) ? kRowsInColumns : rows >= 16 ? 16 : 1;
   rows = rows > group ? rows / group * group : group;
   int64_t chunks = (a.rows.numel + rows - 1) / rows;
   std::unique_ptr<double[]> sums(new double[chunks]);
-  int64_t grain = a.classes < kChunk ? kChunksPerThread : 1;
+  int64_t grain = rows * a.classes < 2 * kChunk ? kChunksPerThread : 1;
   for_each_chunk(a, rows, grain, [&](int64_t chunk, int64_t begin, int64_t end) {
     sums[chunk] = cpu_bodies().softmax_ce_chunk(a, begin, end, inverse);
   });

@@ -15,12 +15,10 @@ namespace {
 
 using Chunk = double (*)(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale);
 
-// Whether a vector is to hold rows: of a few classes, or where neighbouring rows are neighbours in
-// memory.
+// Whether a vector is to hold rows: of a few classes, or where these are neighbours in memory.
 inline bool holds_rows(const SoftmaxCeArguments& a) {
-  bool in_columns =
-      a.input.class_stride != 1 && a.input.strides[0] == 1 && a.rows.sizes[0] >= kLanes;
-  return a.classes < (a.has_probabilities ? kManyProbabilities : kManyClasses) || in_columns;
+  return a.classes < (a.has_probabilities ? kManyProbabilities : kManyClasses) ||
+         lies_in_columns(a);
 }
 
 template <class T, Precision kPrecision>

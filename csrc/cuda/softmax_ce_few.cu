@@ -261,6 +261,13 @@ __device__ __forceinline__ RowSums<float, Terms::kPlain> exponentiate(const Soft
   }
   auto sums = RowSums<float, Terms::kPlain>::none();
   sums.reference = warp_max<kGroup>(top);
+  if (!kPlain && p.has_coefficients) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i >= kFewest && i * kGroup >= end) break;
+      sums.cost += sums.reference - e[i];
+    }
+  }
   auto add = [&]<bool kFinite>() {
     float parts[kSums] = {};
 #pragma unroll
@@ -268,7 +275,6 @@ __device__ __forceinline__ RowSums<float, Terms::kPlain> exponentiate(const Soft
       if (i >= kFewest && i * kGroup >= end) break;
       if (!kFinite) e[i] = logit_at(i);
       e[i] -= sums.reference;
-      if (kFinite && !kPlain && p.has_coefficients) sums.cost -= e[i];
       e[i] = math::exp_shifted<kPrecision, kFinite>(e[i]);
       parts[i % kSums] = i < kSums ? e[i] : parts[i % kSums] + e[i];
     }
@@ -286,9 +292,9 @@ __device__ __forceinline__ RowSums<float, Terms::kPlain> exponentiate(const Soft
 // A few classes that lie apart: as spread_kernel, but the logits, kFewest to kMost of them, are
 // read once and stay in registers.
 template <class T, bool kGradient, bool kPlain, int kRows, int kMost, int kFewest>
-__global__ void __launch_bounds__(kThreads, kRows* kMost > 24   ? 2
-                                            : kRows * kMost > 8 ? 3
-                                                                : 4)
+__global__ void __launch_bounds__(kThreads, kRows* kMost > (kPlain ? 24 : 16) ? 2
+                                            : kRows * kMost > 8               ? 3
+                                                                              : 4)
     column_kernel(const __grid_constant__ SoftmaxCeParams p, bool alike) {
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   using Rows = Group<T, kRows>;
@@ -712,7 +718,8 @@ void launch_columns(const SoftmaxCeParams& p, const SoftmaxCePlan& plan, cudaStr
   } else if (p.classes <= 16) {
     launch_columns<T, kGradient, kPlain, kRows, 16, 9>(p, plan, stream);
   } else if (p.classes <= 24) {
-    launch_columns<T, kGradient, kPlain, kRows, 24, 17>(p, plan, stream);
+    // Options take the registers of a second row.
+    launch_columns<T, kGradient, kPlain, kPlain ? kRows : 1, 24, 17>(p, plan, stream);
   } else {
     launch_spread<T, T, kGradient, kPlain, Terms::kPlain, kRows>(p, plan, stream);
   }

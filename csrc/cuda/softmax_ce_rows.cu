@@ -94,7 +94,9 @@ __global__ void __launch_bounds__(kThreads, kTerms == Terms::kWeighted          
   constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
   constexpr int kCount = 16 / sizeof(T);
   // Vectors that are read, and in plain rows added up, at a time.
-  constexpr int kBatch = kWeighted ? 2 : kScope == Scope::kWarp ? 16 / kCount : 4;
+  constexpr int kBatch = kWeighted                ? (sizeof(S) > sizeof(T) ? 1 : 2)
+                         : kScope == Scope::kWarp ? 16 / kCount
+                                                  : 4;
   using Vector = Group<T, kCount>;
   using TargetVector = Group<S, kCount>;
   constexpr int kTargetParts = sizeof(TargetVector) / 16;  // of 16 bytes
