@@ -53,11 +53,12 @@ struct RowWise {
   };
 
   struct Buffers {
-    alignas(64) Real logits[kRowBlock], slope[kRowBlock];  // [classes of a block][stride]
-    alignas(64) Real coefficients[kRowsAtOnce], label[kRowsAtOnce];
+    // [classes of a block][stride]
+    alignas(64) Real logits[kRowBlock], slope[kRowBlock], coefficients[kRowBlock];
+    alignas(64) Real label[kRowsAtOnce];
     Real class_coefficients[kRowBlock];  // [classes of a block]: where all rows have the same
     int32_t place[kRowsAtOnce];
-    Sums sums, part, lost;
+    Sums sums;
     Factors factors;
     Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
   };
@@ -115,30 +116,34 @@ struct RowWise {
         a.classes > 1 && operand.class_stride == 1 && with_own_type(operand.dtype, [](auto) {});
     return wanted ? strided(operand, 0, a.classes) : nullptr;
   }
-  void fill(int64_t c, int classes) {
-    const char* from = dense(a.input, c);
-    const char* turned = classes == a.classes ? in_rows(a.input) : nullptr;
+  // The values of classes from c on, which may be all that there are.
+  void fill(const ClassOperand& operand, int64_t c, int classes, Real* to) const {
+    const char* from = dense(operand, c);
+    const char* turned = classes == a.classes ? in_rows(operand) : nullptr;
     if (turned != nullptr) {
-      with_own_type(a.input.dtype, [&](auto type) {
-        rows_to_columns(reinterpret_cast<const decltype(type)*>(turned), count, classes,
-                        buffers.logits, stride);
+      with_own_type(operand.dtype, [&](auto type) {
+        rows_to_columns(reinterpret_cast<const decltype(type)*>(turned), count, classes, to,
+                        stride);
       });
     } else if (from == nullptr) {
       for (int k = 0; k < classes; ++k) {
-        gather(class_at(a.input, c + k), a.rows, begin, count, buffers.logits + k * stride);
+        gather(class_at(operand, c + k), a.rows, begin, count, to + k * stride);
       }
     } else {
-      with_float_type(a.input.dtype, [&](auto type) {
+      with_float_type(operand.dtype, [&](auto type) {
         using T = decltype(type);
         const T* run = reinterpret_cast<const T*>(from);
-        for (int k = 0; k < classes; ++k, run += a.input.class_stride) {
+        for (int k = 0; k < classes; ++k, run += operand.class_stride) {
           if (k + kClassesAhead < classes) {
-            prefetch(run + kClassesAhead * a.input.class_stride, count);
+            prefetch(run + kClassesAhead * operand.class_stride, count);
           }
-          load_run(run, count, buffers.logits + k * stride);
+          load_run(run, count, to + k * stride);
         }
       });
     }
+  }
+  void fill(int64_t c, int classes) {
+    fill(a.input, c, classes, buffers.logits);
     for (int k = 0; k < classes; ++k) {
       Real* to = buffers.logits + k * stride;
       for (int i = count; i < padded; ++i) to[i] = 0;
@@ -150,22 +155,25 @@ struct RowWise {
       buffers.place[i] = static_cast<uint64_t>(k) < most ? static_cast<int32_t>(k) : -1;
     }
     for (int i = 0; i < padded; ++i) buffers.label[i] = static_cast<Real>(buffers.place[i]);
+    if (weighs) fill_coefficients(c, classes);
     if (!smooths) return;
     for (int k = 0; k < classes; ++k) {
       buffers.class_coefficients[k] = options.share * class_weight<Real>(a, c + k);
     }
   }
-  void fill_coefficients(int64_t c) {
-    Real weight = class_weight<Real>(a, c);
-    Real* to = buffers.coefficients;
-    gather(class_at(a.target, c), a.rows, begin, count, to);
-    if (options.finds_largest) {
-      for (int i = 0; i < count; ++i) buffers.best_target[i].offer(to[i], c);
+  void fill_coefficients(int64_t c, int classes) {
+    fill(a.target, c, classes, buffers.coefficients);
+    for (int k = 0; k < classes; ++k) {
+      Real* to = buffers.coefficients + k * stride;
+      if (options.finds_largest) {
+        for (int i = 0; i < count; ++i) buffers.best_target[i].offer(to[i], c + k);
+      }
+      const Real weight = class_weight<Real>(a, c + k);
+      for (int i = 0; i < count; ++i) {
+        to[i] = math::multiply_add(to[i], options.keep, options.share) * weight;
+      }
+      for (int i = count; i < padded; ++i) to[i] = 0;
     }
-    for (int i = 0; i < count; ++i) {
-      to[i] = math::multiply_add(to[i], options.keep, options.share) * weight;
-    }
-    for (int i = count; i < padded; ++i) to[i] = 0;
   }
 
   // Adds up a block of classes. With `keeps` the exponentials take the logits' place.
@@ -194,10 +202,6 @@ struct RowWise {
         sums = buffers.sums.at(i);
         admit(sums, top, smooths || weighs, entropy);
       }
-      if (weighs) {
-        buffers.sums.put(i, sums);
-        continue;
-      }
       V label = load(buffers.label + i), label_logit = load(rows.label_logit + i), place{};
       V reference = finite_reference(sums.reference);
       // The terms of a few classes are added up by themselves.
@@ -208,8 +212,8 @@ struct RowWise {
         for (int k = first; k < last; ++k, place += static_cast<Real>(1)) {
           V x = load(at + k * stride);
           label_logit = label == place ? x : label_logit;
-          V coefficient = smooths ? V{} + buffers.class_coefficients[k] : V{};
-          V e = add_logit<kPrecision>(part, reference, x, coefficient, smooths, entropy);
+          V e = add_logit<kPrecision>(part, reference, x, coefficient_of(k, i), smooths || weighs,
+                                      entropy);
           if (keeps) store(buffers.logits + k * stride + i, e);
         }
         sums = sum_of(sums, part, lost, c + first == 0);
@@ -217,15 +221,12 @@ struct RowWise {
       store(rows.label_logit + i, label_logit);
       buffers.sums.put(i, with_lost(sums, lost));
     }
-    if (!weighs) return;
-    for (int i = 0; i < padded; i += kWidth) buffers.lost.put(i, SoftmaxSums<V>{});
-    for (int first = 0; first < classes; first += kClassesPerSum) {
-      int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
-      add_weighted(c, first, last, keeps);
-    }
-    for (int i = 0; i < padded; i += kWidth) {
-      buffers.sums.put(i, with_lost(buffers.sums.at(i), buffers.lost.at(i)));
-    }
+  }
+
+  // Of the block's class k, for the vector of rows from i on.
+  V coefficient_of(int k, int i) const {
+    if (weighs) return load(buffers.coefficients + k * stride + i);
+    return smooths ? V{} + buffers.class_coefficients[k] : V{};
   }
 
   static SoftmaxSums<V> sum_of(const SoftmaxSums<V>& sums, const SoftmaxSums<V>& part) {
@@ -257,45 +258,19 @@ struct RowWise {
             with_lost(sums.entropy, lost.entropy)};
   }
 
-  // Classes c + first .. c + last, whose coefficients are read one class at a time.
-  void add_weighted(int64_t c, int first, int last, bool keeps) {
-    for (int i = 0; i < padded; i += kWidth) buffers.part.put(i, SoftmaxSums<V>{});
-    for (int k = first; k < last; ++k) {
-      fill_coefficients(c + k);
-      for (int i = 0; i < padded; i += kWidth) {
-        SoftmaxSums<V> part = buffers.part.at(i);
-        Real* at = buffers.logits + k * stride + i;
-        V x = load(at), label_logit = load(rows.label_logit + i);
-        label_logit = load(buffers.label + i) == V{} + static_cast<Real>(k) ? x : label_logit;
-        store(rows.label_logit + i, label_logit);
-        V e = add_logit<kPrecision>(part, finite_reference(load(buffers.sums.reference + i)), x,
-                                    load(buffers.coefficients + i), true, options.has_entropy);
-        if (keeps) store(at, e);
-        buffers.part.put(i, part);
-      }
-    }
-    for (int i = 0; i < padded; i += kWidth) {
-      SoftmaxSums<V> lost = buffers.lost.at(i);
-      buffers.sums.put(i, sum_of(buffers.sums.at(i), buffers.part.at(i), lost, c + first == 0));
-      buffers.lost.put(i, lost);
-    }
-  }
-
   // The gradient of class c + k, the block's k-th: calls put(i, values) for each vector of rows.
   template <class Put>
   void class_gradient(int k, bool has_exponentials, Put put) {
     const bool entropy = kHasTerms && options.has_entropy && !has_exponentials;
     const V place = V{} + static_cast<Real>(k);
-    const V same = smooths ? V{} + buffers.class_coefficients[k] : V{};
     for (int i = 0; i < padded; i += kWidth) {
       SoftmaxGradient<V> factors = buffers.factors.at(i);
-      V coefficient = weighs ? load(buffers.coefficients + i) : same;
       V below{}, e = load(buffers.logits + k * stride + i);
       if (!has_exponentials) {
         below = finite_reference(load(buffers.sums.reference + i)) - e;
         e = math::exp_negative<kPrecision>(below);
       }
-      V gradient = gradient_of(factors, e, below, coefficient, smooths || weighs, entropy);
+      V gradient = gradient_of(factors, e, below, coefficient_of(k, i), smooths || weighs, entropy);
       gradient = load(buffers.label + i) == place ? gradient - factors.label : gradient;
       if (options.transforms) gradient *= load(buffers.slope + k * stride + i);
       if (clears_ignored) gradient = load(rows.is_kept + i) == 0.0f ? V{} : gradient;
@@ -324,7 +299,6 @@ struct RowWise {
   void write_gradient(int64_t c, int classes, bool has_exponentials) {
     char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr;
     for (int k = 0; k < classes; ++k) {
-      if (weighs) fill_coefficients(c + k);
       Real* values = buffers.logits + k * stride;
       char* to = dense(a.gradient, c + k);
       bool written = to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
