@@ -64,7 +64,7 @@ void run_cpu(const SoftmaxCeArguments& a, const Tensor&) {
   rows = rows > group ? rows / group * group : group;
   int64_t chunks = (a.rows.numel + rows - 1) / rows;
   std::unique_ptr<double[]> sums(new double[chunks]);
-  int64_t grain = rows * a.classes < 2 * kChunk ? kChunksPerThread : 1;
+  int64_t grain = rows * a.classes < kChunk ? kChunksPerThread : 1;
   for_each_chunk(a, rows, grain, [&](int64_t chunk, int64_t begin, int64_t end) {
     sums[chunk] = cpu_bodies().softmax_ce_chunk(a, begin, end, inverse);
   });
