@@ -990,7 +990,7 @@ def test_inplace_backward_writes_only_for_a_gradient(device: str) -> None:
         ({"weight": torch.rand(100), "sample_weight": torch.rand(100)}, 1),
         ({"inplace_backward": True}, 0),
     ],
-    ids=str,
+    ids=["mean", "sum", "weights", "sample_weight", "inplace"],
 )
 def test_memory(dtype: torch.dtype, options: dict[str, Any], buffers: int) -> None:
     """One buffer of the logits' size, or none: no float copy of half logits or of bool targets."""

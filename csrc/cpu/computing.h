@@ -28,11 +28,18 @@ struct FloatsSum {
   typedef float HalfFloats __attribute__((vector_size(kLanes * 2)));
   typedef double HalfDoubles __attribute__((vector_size(kLanes * 4)));
   HalfDoubles low{}, high{};
+  FUSED_CE_HOST_DEVICE static HalfDoubles wide(HalfFloats v) {
+#if defined(__AVX512F__)
+    return (HalfDoubles)_mm512_maskz_cvtps_pd(0xff, (__m256)v);  // GCC takes the vector apart
+#else
+    return __builtin_convertvector(v, HalfDoubles);
+#endif
+  }
   FUSED_CE_HOST_DEVICE void add(Floats v) {
     HalfFloats halves[2];
     memcpy(halves, &v, sizeof(v));
-    low += __builtin_convertvector(halves[0], HalfDoubles);
-    high += __builtin_convertvector(halves[1], HalfDoubles);
+    low += wide(halves[0]);
+    high += wide(halves[1]);
   }
   FUSED_CE_HOST_DEVICE double total() const {
     return combine_lanes(low + high, [](HalfDoubles x, HalfDoubles y) { return x + y; });

@@ -115,18 +115,17 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
     }
     one = other = SoftmaxSums<V>{};
   };
-  int i = 0;
-  while (i + kStep <= count) {
-    int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
-    for (; i + kStep <= last; i += kStep) step(i, i);
-    total();
-  }
-  if (i < count) {
-    step(count - kStep, i);
+  // What the last step takes, but for what the others take too.
+  if (const int rest = count % kStep; rest != 0) {
+    step(count - kStep, count - rest);
     const Two<V> place = places<T>();
-    const V fresh = V{} + static_cast<Real>(i - (count - kStep));
+    const V fresh = V{} + static_cast<Real>(kStep - rest);
     one = only(one, place.first >= fresh);
     other = only(other, place.second >= fresh);
+  }
+  for (int i = 0; i + kStep <= count;) {
+    int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
+    for (; i + kStep <= last; i += kStep) step(i, i);
     total();
   }
   sums.exponentials += exponentials.total();

@@ -206,10 +206,9 @@ struct RowWise {
       V reference = finite_reference(sums.reference);
       // The terms of a few classes are added up by themselves.
       SoftmaxSums<V> lost{};
-      for (int first = 0; first < classes; first += kClassesPerSum) {
-        int last = first + kClassesPerSum < classes ? first + kClassesPerSum : classes;
+      auto add_part = [&](int first, int part_classes) __attribute__((always_inline)) {
         SoftmaxSums<V> part{};
-        for (int k = first; k < last; ++k, place += static_cast<Real>(1)) {
+        for (int k = first; k < first + part_classes; ++k, place += static_cast<Real>(1)) {
           V x = load(at + k * stride);
           label_logit = label == place ? x : label_logit;
           V e = add_logit<kPrecision>(part, reference, x, coefficient_of(k, i), smooths || weighs,
@@ -217,7 +216,12 @@ struct RowWise {
           if (keeps) store(buffers.logits + k * stride + i, e);
         }
         sums = sum_of(sums, part, lost, c + first == 0);
+      };
+      int first = 0;
+      for (; first + kClassesPerSum <= classes; first += kClassesPerSum) {
+        add_part(first, kClassesPerSum);
       }
+      if (first < classes) add_part(first, classes - first);
       store(rows.label_logit + i, label_logit);
       buffers.sums.put(i, with_lost(sums, lost));
     }
@@ -258,30 +262,28 @@ struct RowWise {
             with_lost(sums.entropy, lost.entropy)};
   }
 
-  // The gradient of class c + k, the block's k-th: calls put(i, values) for each vector of rows.
-  template <class Put>
-  void class_gradient(int k, bool has_exponentials, Put put) {
+  // The gradient of the block's class k, for the vector of rows from i on.
+  FUSED_CE_HOST_DEVICE V gradient_at(int i, int k, bool has_exponentials) const {
     const bool entropy = kHasTerms && options.has_entropy && !has_exponentials;
-    const V place = V{} + static_cast<Real>(k);
-    for (int i = 0; i < padded; i += kWidth) {
-      SoftmaxGradient<V> factors = buffers.factors.at(i);
-      V below{}, e = load(buffers.logits + k * stride + i);
-      if (!has_exponentials) {
-        below = finite_reference(load(buffers.sums.reference + i)) - e;
-        e = math::exp_negative<kPrecision>(below);
-      }
-      V gradient = gradient_of(factors, e, below, coefficient_of(k, i), smooths || weighs, entropy);
-      gradient = load(buffers.label + i) == place ? gradient - factors.label : gradient;
-      if (options.transforms) gradient *= load(buffers.slope + k * stride + i);
-      if (clears_ignored) gradient = load(rows.is_kept + i) == 0.0f ? V{} : gradient;
-      put(i, gradient);
+    SoftmaxGradient<V> factors = buffers.factors.at(i);
+    V below{}, e = load(buffers.logits + k * stride + i);
+    if (!has_exponentials) {
+      below = finite_reference(load(buffers.sums.reference + i)) - e;
+      e = math::exp_negative<kPrecision>(below);
     }
+    V gradient = gradient_of(factors, e, below, coefficient_of(k, i), smooths || weighs, entropy);
+    const V place = V{} + static_cast<Real>(k);
+    gradient = load(buffers.label + i) == place ? gradient - factors.label : gradient;
+    if (options.transforms) gradient *= load(buffers.slope + k * stride + i);
+    if (clears_ignored) gradient = load(rows.is_kept + i) == 0.0f ? V{} : gradient;
+    return gradient;
   }
 
-  // Puts the gradient of class c + k at `to`, where its rows are neighbours.
+  // Puts the gradient of the block's class k at `to`, where its rows are neighbours.
   template <class T>
   void put_gradient(int k, bool has_exponentials, T* to) {  // [count]
-    class_gradient(k, has_exponentials, [&](int i, V gradient) {
+    for (int i = 0; i < padded; i += kWidth) {
+      V gradient = gradient_at(i, k, has_exponentials);
       if (i + kWidth > count) {
         Real* values = buffers.logits + k * stride + i;
         store(values, gradient);
@@ -289,15 +291,24 @@ struct RowWise {
       }
       if constexpr (std::is_same_v<T, float>) {
         if (streams && reinterpret_cast<uintptr_t>(to + i) % sizeof(V) == 0) {
-          return stream(to + i, gradient);
+          stream(to + i, gradient);
+          continue;
         }
       }
       store(to + i, gradient);
-    });
+    }
   }
 
   void write_gradient(int64_t c, int classes, bool has_exponentials) {
-    char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr;
+    if (char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr) {
+      with_own_type(a.gradient.dtype, [&](auto type) {
+        auto at = [&](int i, int k) __attribute__((always_inline)) {
+          return gradient_at(i, k, has_exponentials);
+        };
+        columns_to_rows<Real>(at, count, classes, reinterpret_cast<decltype(type)*>(turned));
+      });
+      return;
+    }
     for (int k = 0; k < classes; ++k) {
       Real* values = buffers.logits + k * stride;
       char* to = dense(a.gradient, c + k);
@@ -305,14 +316,11 @@ struct RowWise {
                        put_gradient(k, has_exponentials, reinterpret_cast<decltype(type)*>(to));
                      });
       if (written) continue;
-      class_gradient(k, has_exponentials, [&](int i, V gradient) { store(values + i, gradient); });
-      if (turned == nullptr) scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
+      for (int i = 0; i < padded; i += kWidth) {
+        store(values + i, gradient_at(i, k, has_exponentials));
+      }
+      scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
     }
-    if (turned == nullptr) return;
-    with_own_type(a.gradient.dtype, [&](auto type) {
-      columns_to_rows(buffers.logits, stride, count, classes,
-                      reinterpret_cast<decltype(type)*>(turned));
-    });
   }
 
   // From the sums to the results, and to the factors of the gradient. Without extras there is

@@ -146,15 +146,15 @@ FUSED_CE_HOST_DEVICE void rows_to_columns(const T* from,  // [rows][columns]
   }
 }
 
-template <class T, class Real>
-FUSED_CE_HOST_DEVICE void columns_to_rows(const Real* from,  // [columns][stride]
-                                          int stride, int rows, int columns,
+// The reverse: at(i, k) is column k of the rows from i on.
+template <class Real, class T, class At>
+FUSED_CE_HOST_DEVICE void columns_to_rows(At at, int rows, int columns,
                                           T* to) {  // [rows][columns]
   using V = typename Computing<Real>::Vector;
   constexpr int kWidth = Computing<Real>::kStep / 2;
   auto few = [&]<int kColumns>(int i) {
     V v[kColumns];
-    for (int k = 0; k < kColumns; ++k) v[k] = load(from + k * stride + i);
+    for (int k = 0; k < kColumns; ++k) v[k] = at(i, k);
     to_rows(v);
     for (int k = 0; k < kColumns; ++k) {
       T* p = to + i * kColumns + k * kWidth;
@@ -165,7 +165,7 @@ FUSED_CE_HOST_DEVICE void columns_to_rows(const Real* from,  // [columns][stride
   int row = for_each_square<kWidth>(rows, columns, few, [&](int i, int k) {
     V square[kWidth];
     int present = columns < kWidth ? columns : kWidth;
-    for (int j = 0; j < present; ++j) square[j] = load(from + (k + j) * stride + i);
+    for (int j = 0; j < present; ++j) square[j] = at(i, k + j);
     for (int j = present; j < kWidth; ++j) square[j] = V{};
     transpose(square);
     for (int j = 0; j < kWidth; ++j) {
@@ -174,8 +174,14 @@ FUSED_CE_HOST_DEVICE void columns_to_rows(const Real* from,  // [columns][stride
       store(p, square[j]);
     }
   });
-  for (int i = row; i < rows; ++i) {
-    for (int k = 0; k < columns; ++k) to[i * columns + k] = from_real<T>(from[k * stride + i]);
+  for (int i = row; i < rows; i += kWidth) {
+    for (int k = 0; k < columns; ++k) {
+      Real values[kWidth];
+      store(values, at(i, k));
+      for (int j = 0; j < kWidth && i + j < rows; ++j) {
+        to[int64_t{i + j} * columns + k] = from_real<T>(values[j]);
+      }
+    }
   }
 }
 
