@@ -46,9 +46,41 @@ __device__ __forceinline__ Ending end_row(const SoftmaxCeParams& p, int64_t row,
   return ending;
 }
 
+// The targets of rows from `row` on. Returns whether the logits of any of these matter.
+template <bool kPlain, int kRows>
+__device__ __forceinline__ bool load_targets(const SoftmaxCeParams& p, int64_t row,
+                                             RowTarget<float> (&targets)[kRows]) {
+  bool reads = !kPlain && p.reads_all;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    targets[r] = load_target<float, kPlain>(p, row + r, true);
+    reads |= targets[r].is_kept;
+  }
+  return reads;
+}
+
+// Where the row's gradient lies. `alike` are logits and gradient that have the same strides: a
+// row's offset costs as much as several classes.
+template <class T>
+__device__ __forceinline__ T* gradient_at(const SoftmaxCeParams& p, int64_t row, bool alike,
+                                          int64_t offset) {
+  return static_cast<T*>(p.gradient.data) + (alike ? offset : row_offset(p.gradient, p.rows, row));
+}
+
+// The labels' own gradients of rows side by side, of which the first one's lie at `dx`.
+template <class T, int kRows>
+__device__ __forceinline__ void store_labels(const SoftmaxCeParams& p,
+                                             const Ending (&endings)[kRows], T* dx) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (endings[r].label >= 0) {
+      dx[endings[r].label * p.gradient_stride + r] = from_real<T>(endings[r].at_label);
+    }
+  }
+}
+
 // A thread takes kRows rows that lie side by side, and its neighbours' rows lie beside these. The
-// second read, for the gradient, comes from cache. `alike` are logits and gradient that have the
-// same strides: a row's offset costs as much as several classes.
+// second read, for the gradient, comes from cache.
 template <class T, class S, bool kGradient, bool kPlain, Terms kTerms, int kRows>
 __global__ void __launch_bounds__(
     kThreads, kTerms == Terms::kPlain && (kRows == 1 || kPlain || !kGradient) ? 4 : 3)
@@ -98,12 +130,7 @@ __global__ void __launch_bounds__(
   int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRows;
   for (; row < p.rows.numel; row += step) {
     RowTarget<float> targets[kRows];
-    bool reads = false;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      targets[r] = load_target<float, kPlain>(p, row + r, true);
-      reads |= targets[r].is_kept || reads_all;
-    }
+    const bool reads = load_targets<kPlain>(p, row, targets);
     const int64_t offset = row_offset(p.input, p.rows, row);
     const T* x = static_cast<const T*>(p.input.data) + offset;
     const Options<T, S, kTerms> options(p, row);
@@ -195,8 +222,7 @@ __global__ void __launch_bounds__(
 
     if constexpr (kGradient) {
       using Rows = Group<T, kRows>;
-      T* dx = static_cast<T*>(p.gradient.data);
-      dx += alike ? offset : row_offset(p.gradient, p.rows, row);
+      T* const dx = gradient_at<T>(p, row, alike, offset);
       T* to = dx;
       if (!any_wants) {
         float none[kRows] = {};
@@ -233,12 +259,7 @@ __global__ void __launch_bounds__(
           store_whole(reinterpret_cast<Rows*>(to), gradients);
         }
       });
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (endings[r].label >= 0) {
-          dx[endings[r].label * p.gradient_stride + r] = from_real<T>(endings[r].at_label);
-        }
-      }
+      store_labels(p, endings, dx);
     }
   }
   if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
@@ -310,12 +331,7 @@ __global__ void __launch_bounds__(kThreads, kRows* kMost > (kPlain ? 24 : 16) ? 
   int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRows;
   for (; row < p.rows.numel; row += step) {
     RowTarget<float> targets[kRows];
-    bool reads = false;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      targets[r] = load_target<float, kPlain>(p, row + r, true);
-      reads |= targets[r].is_kept || reads_all;
-    }
+    const bool reads = load_targets<kPlain>(p, row, targets);
     const int64_t offset = row_offset(p.input, p.rows, row);
     const T* x = static_cast<const T*>(p.input.data) + offset;
     float e[kRows][kMost];
@@ -357,8 +373,7 @@ __global__ void __launch_bounds__(kThreads, kRows* kMost > (kPlain ? 24 : 16) ? 
     }
 
     if constexpr (kGradient) {
-      T* dx = static_cast<T*>(p.gradient.data);
-      dx += alike ? offset : row_offset(p.gradient, p.rows, row);
+      T* const dx = gradient_at<T>(p, row, alike, offset);
       T* to = dx;
 #pragma unroll
       for (int i = 0; i < kMost; ++i, to += p.gradient_stride) {
@@ -370,12 +385,7 @@ __global__ void __launch_bounds__(kThreads, kRows* kMost > (kPlain ? 24 : 16) ? 
         }
         store_whole(reinterpret_cast<Rows*>(to), gradients);
       }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (endings[r].label >= 0) {
-          dx[endings[r].label * p.gradient_stride + r] = from_real<T>(endings[r].at_label);
-        }
-      }
+      store_labels(p, endings, dx);
     }
   }
   if (p.loss_scalar.data != nullptr) reduce_loss(p, loss, factors);
