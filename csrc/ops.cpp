@@ -18,10 +18,11 @@
   "int? ignore_index=None, float alpha=-1.0, float gamma=0.0, float? denominator=None, "       \
   "bool zero_on_empty=False"
 
-#define FUSED_CE_SOFTMAX_CE_ARGUMENTS                                                        \
-  "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, " \
-  "int reduction, ScalarType dtype, int ignore_index=-100, float label_smoothing=0.0, "      \
-  "float softcap=0.0, float logit_scale=1.0, float z_loss=0.0, float? denominator=None, "    \
+#define FUSED_CE_SOFTMAX_CE_TENSORS \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
+#define FUSED_CE_SOFTMAX_CE_OPTIONS                                                       \
+  "int reduction, ScalarType dtype, int ignore_index=-100, float label_smoothing=0.0, "   \
+  "float softcap=0.0, float logit_scale=1.0, float z_loss=0.0, float? denominator=None, " \
   "bool zero_on_empty=False"
 #define FUSED_CE_SOFTMAX_CE_RESULTS \
   "(Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct)"
@@ -36,14 +37,14 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
       "_bce_backward(Tensor(a!) gradient, bool written, Tensor grad_output, " FUSED_CE_BCE_ARGUMENTS
       ") -> ()");
   // csrc/{cpu,cuda}/softmax_ce.cpp
-  m.def("_softmax_ce(int outputs, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
+  m.def("_softmax_ce(" FUSED_CE_SOFTMAX_CE_TENSORS "int outputs, " FUSED_CE_SOFTMAX_CE_OPTIONS
         ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
-  m.def("_softmax_ce_with_gradient(Tensor(a!) gradient, int outputs, " FUSED_CE_SOFTMAX_CE_ARGUMENTS
-        ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
+  m.def("_softmax_ce_with_gradient(Tensor(a!) gradient, " FUSED_CE_SOFTMAX_CE_TENSORS
+        "int outputs, " FUSED_CE_SOFTMAX_CE_OPTIONS ") -> " FUSED_CE_SOFTMAX_CE_RESULTS);
   m.def(
       "_softmax_ce_backward(Tensor(a!) gradient, bool written, Tensor? grad_loss, "
       "Tensor? grad_lse, Tensor? grad_entropy, Tensor? lse, Tensor? "
-      "entropy, " FUSED_CE_SOFTMAX_CE_ARGUMENTS ") -> ()");
+      "entropy, " FUSED_CE_SOFTMAX_CE_TENSORS FUSED_CE_SOFTMAX_CE_OPTIONS ") -> ()");
   // csrc/cpu/memory.cpp
   m.def("_empty_gradient(Tensor logits) -> Tensor");
   // csrc/{cpu,cuda}/scale.cpp

@@ -134,9 +134,9 @@ SoftmaxCeResults run_softmax_ce(SoftmaxCeArguments& a, const Tensor& input, Scal
 }
 
 template <auto kRun>
-SoftmaxCeResults softmax_ce(int64_t outputs, const Tensor& input, const Tensor& target,
-                            std::optional<Tensor> weight, std::optional<Tensor> sample_weight,
-                            std::optional<Tensor> normalizer, int64_t reduction, ScalarType dtype,
+SoftmaxCeResults softmax_ce(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                            std::optional<Tensor> sample_weight, std::optional<Tensor> normalizer,
+                            int64_t outputs, int64_t reduction, ScalarType dtype,
                             int64_t ignore_index, double label_smoothing, double softcap,
                             double logit_scale, double z_loss, std::optional<double> denominator,
                             bool zero_on_empty) {
@@ -147,11 +147,11 @@ SoftmaxCeResults softmax_ce(int64_t outputs, const Tensor& input, const Tensor& 
 }
 
 template <auto kRun>
-SoftmaxCeResults softmax_ce_with_gradient(Tensor gradient, int64_t outputs, const Tensor& input,
+SoftmaxCeResults softmax_ce_with_gradient(Tensor gradient, const Tensor& input,
                                           const Tensor& target, std::optional<Tensor> weight,
                                           std::optional<Tensor> sample_weight,
-                                          std::optional<Tensor> normalizer, int64_t reduction,
-                                          ScalarType dtype, int64_t ignore_index,
+                                          std::optional<Tensor> normalizer, int64_t outputs,
+                                          int64_t reduction, ScalarType dtype, int64_t ignore_index,
                                           double label_smoothing, double softcap,
                                           double logit_scale, double z_loss,
                                           std::optional<double> denominator, bool zero_on_empty) {

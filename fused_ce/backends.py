@@ -15,7 +15,6 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -91,17 +90,14 @@ def _reference_bce_backward(
     _differentiated(_bce, gradient, (grad_output,), *arguments)
 
 
-def _reference_softmax_ce_with_gradient(
-    gradient: Tensor, outputs: int, *arguments: Any
-) -> tuple[Tensor, ...]:
-    function = partial(reference.softmax_ce, outputs)
-    return _differentiated(function, gradient, (gradient.new_ones(()),), *arguments)
+def _reference_softmax_ce_with_gradient(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _differentiated(reference.softmax_ce, gradient, (gradient.new_ones(()),), *arguments)
 
 
 def _reference_softmax_ce_backward(gradient: Tensor, _written: bool, *arguments: Any) -> None:
-    *grads, _lse, _entropy = arguments[:5]
-    function = partial(reference.softmax_ce, reference.LSE | reference.ENTROPY)
-    _differentiated(function, gradient, tuple(grads), *arguments[5:])
+    grads, tensors, options = arguments[:3], arguments[5:10], arguments[10:]
+    outputs = reference.LSE | reference.ENTROPY
+    _differentiated(reference.softmax_ce, gradient, grads, *tensors, outputs, *options)
 
 
 def _reference_scale_(gradient: Tensor, scale: Tensor) -> None:

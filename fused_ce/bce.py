@@ -1,13 +1,13 @@
 """Binary cross entropy: checks, autograd, and the ops of csrc/{cpu,cuda}/bce.cpp.
 
 A call goes through three steps: the public function reads its arguments into the op's own
-(`_prepare`), `_apply` decides between the op, the op under autograd (`_BCE`), and the composition
-of reference.py that transforms need, and the op runs on the tensors' device.
+(`_prepare`), `apply` of autograd.py decides between the op, the op under autograd (`_BCE`), and the
+composition of reference.py that transforms need, and the op runs on the tensors' device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,11 @@ from fused_ce.arguments import (
     refuse_gradient,
 )
 from fused_ce.autograd import (
+    LossFunction,
     Overwritten,
-    apply_overwriting,
-    distinct,
+    apply,
     forward_gradient,
     gradients,
-    is_composed,
-    is_exporting,
-    is_recording,
 )
 from fused_ce.reference import FOCAL, LOGITS, NONE, PROBABILITY
 
@@ -435,40 +432,13 @@ def _prepare(
         options += extras
     try:
         tensors = (input, target, weight, pos_weight, sample_weight, normalizer)
-        return _apply(tensors, options, inplace)
+        return apply(_BCE, tensors, options, inplace)  # type: ignore[no-any-return]
     except RuntimeError as error:  # what an earlier call has found on CUDA
         raise_index_error(str(error))
         raise
 
 
-def _apply(
-    arguments: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    options: tuple[Any, ...],
-    inplace: bool,
-) -> Tensor:
-    input, target, weight, pos_weight, sample_weight, normalizer = arguments
-    if is_composed(input) or (normalizer is not None and normalizer.requires_grad):
-        return reference.bce(*arguments, *options)
-    others_require_grad = (
-        target.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (pos_weight is not None and pos_weight.requires_grad)
-        or (sample_weight is not None and sample_weight.requires_grad)
-    )
-    if not (input.requires_grad or others_require_grad) or not is_recording():
-        return _bce_op(*arguments, *options)  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling():
-        if others_require_grad or is_exporting():
-            # Dynamo cannot trace the torch.autograd.grad of `gradients`, and export keeps no
-            # backward pass: the exported module differentiates what it is made of.
-            return reference.bce(*arguments, *options)
-        return _BCE.apply(*distinct(arguments), options, None)  # type: ignore[no-any-return,no-untyped-call]
-    if inplace and input.requires_grad:
-        return apply_overwriting(lambda o: _bce_function(*arguments, options, o), input)  # type: ignore[no-any-return]
-    return _bce_function(*arguments, options, None)
-
-
-class _BCE(torch.autograd.Function):
+class _BCE(LossFunction):
     """`_bce` under autograd.
 
     For "mean" and "sum" the gradient is written in the forward pass, while the logits are in
@@ -476,6 +446,9 @@ class _BCE(torch.autograd.Function):
     gradient once; a second backward computes it anew, and create_graph=True composes it from
     reference.py.
     """
+
+    op = staticmethod(_bce_op)
+    composed = staticmethod(reference.bce)
 
     @staticmethod
     def forward(
@@ -521,10 +494,6 @@ class _BCE(torch.autograd.Function):
         return (*gradients(_BCE, ctx, ctx.saved_tensors, (grad_output,)), None, None, None)
 
     @staticmethod
-    def composed(ctx: Any, *tensors: Any) -> tuple[Tensor]:
-        return (reference.bce(*tensors, *ctx.options),)
-
-    @staticmethod
     def write_gradient(
         ctx: Any,
         gradient: Tensor,
@@ -533,11 +502,6 @@ class _BCE(torch.autograd.Function):
         *tensors: Any,
     ) -> None:
         _bce_backward_op(gradient, written, *grad_outputs, *tensors, *ctx.options)
-
-
-# `_BCE.apply` without its layer for functorch's tensors, which `_apply` has sent elsewhere: 1.5 of
-# the 25 microseconds that forward and backward of a small loss take.
-_bce_function: Callable[..., Tensor] = super(torch.autograd.Function, _BCE).apply
 
 
 def _bce_fake(*arguments: Any) -> Tensor:

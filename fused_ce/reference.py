@@ -146,12 +146,12 @@ def _of_label(log_p: Tensor, label: Tensor, kept: Tensor, dim: int) -> Tensor:
 
 
 def softmax_ce(
-    outputs: int,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,
+    outputs: int,
     reduction: int,
     dtype: torch.dtype,
     ignore_index: int = -100,

@@ -1,14 +1,14 @@
 """Softmax cross entropy: checks, autograd, and the ops of csrc/{cpu,cuda}/softmax_ce.cpp.
 
 The steps of a call are those of bce.py: the public function reads its arguments into the op's own,
-`_apply` decides between the op, the op under autograd (`_SoftmaxCE`), and the composition of
-reference.py that transforms need.
+`apply` of autograd.py decides between the op, the op under autograd (`_SoftmaxCE`), and the
+composition of reference.py that transforms need.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,11 @@ from fused_ce.arguments import (
     refuse_gradient,
 )
 from fused_ce.autograd import (
+    LossFunction,
     Overwritten,
-    apply_overwriting,
-    distinct,
+    apply,
     forward_gradient,
     gradients,
-    is_composed,
-    is_exporting,
-    is_recording,
 )
 from fused_ce.reference import CORRECT, ENTROPY, LSE, NONE, PREDICTION
 
@@ -240,17 +237,17 @@ def cross_entropy(
         denominator,
         zero_on_empty,
     )
-    options: tuple[Any, ...] = (code, dtype)
+    options: tuple[Any, ...] = (outputs, code, dtype)
     if extras != _DEFAULTS:
         options += extras
     tensors = (input, target, weight, sample_weight, normalizer)
     try:
-        result = _apply(tensors, options, outputs, inplace_backward)
+        result = apply(_SoftmaxCE, tensors, options, inplace_backward)
     except RuntimeError as error:
         raise_index_error(str(error))
         raise
     if not outputs:
-        return result
+        return result if isinstance(result, Tensor) else result[0]
     loss, *found = result
     named = zip(_OUTPUTS.items(), found, strict=True)
     return loss, CrossEntropyStats(**{name: stat for (name, bit), stat in named if outputs & bit})
@@ -368,45 +365,16 @@ def _read_stats(stats: Sequence[str], shape: torch.Size) -> int:
     return outputs
 
 
-def _apply(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    options: tuple[Any, ...],
-    outputs: int,
-    inplace: bool,
-) -> Any:
-    """The loss or, with statistics, all that the op returns."""
-    input, target, weight, sample_weight, normalizer = tensors
-    if is_composed(input) or (normalizer is not None and normalizer.requires_grad):
-        return _wanted(reference.softmax_ce(outputs, *tensors, *options), outputs)
-    others_require_grad = (
-        target.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (sample_weight is not None and sample_weight.requires_grad)
-    )
-    if not (input.requires_grad or others_require_grad) or not is_recording():
-        return _wanted(_softmax_ce_op(outputs, *tensors, *options), outputs)
-    if torch.compiler.is_compiling():
-        if others_require_grad or is_exporting():  # as in bce.py
-            return _wanted(reference.softmax_ce(outputs, *tensors, *options), outputs)
-        return _SoftmaxCE.apply(*distinct(tensors), options, outputs, None)  # type: ignore[no-untyped-call]
-    if inplace and input.requires_grad:
-        return apply_overwriting(
-            lambda o: _softmax_ce_function(*tensors, options, outputs, o), input
-        )
-    return _softmax_ce_function(*tensors, options, outputs, None)
-
-
-def _wanted(results: tuple[Tensor, ...], outputs: int) -> Any:
-    return results if outputs else results[0]
-
-
-class _SoftmaxCE(torch.autograd.Function):
+class _SoftmaxCE(LossFunction):
     """`_softmax_ce` under autograd.
 
     The gradient is written in the forward pass or in backward as in `_BCE`. Backward writes it too
     where there are upstream gradients of lse or entropy, and so, where the logits would be
     overwritten by then, wherever these are asked for.
     """
+
+    op = staticmethod(_softmax_ce_op)
+    composed = staticmethod(reference.softmax_ce)
 
     @staticmethod
     def forward(
@@ -417,26 +385,25 @@ class _SoftmaxCE(torch.autograd.Function):
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
         options: tuple[Any, ...],
-        outputs: int,
         overwritten: Overwritten | None,
     ) -> Any:
+        outputs, reduction, *_ = options
         ctx.compiled = torch.compiler.is_compiling()
         needs_gradient = ctx.needs_input_grad[0]
         waits = outputs & (LSE | ENTROPY) and (ctx.compiled or overwritten is not None)
         gradient = None
-        if needs_gradient and options[0] != NONE and not waits:
+        if needs_gradient and reduction != NONE and not waits:
             gradient = forward_gradient(input, overwritten)
         tensors = (target, weight, sample_weight, normalizer)
         computed = outputs
         if gradient is None:
             if needs_gradient:
                 computed |= LSE
-            results = _softmax_ce_op(computed, input, *tensors, *options)
+            results = _softmax_ce_op(input, *tensors, computed, *options[1:])
         else:
-            results = _softmax_ce_with_gradient_op(gradient, computed, input, *tensors, *options)
+            results = _softmax_ce_with_gradient_op(gradient, input, *tensors, *options)
         loss, lse, entropy, prediction, correct = results
         ctx.options = options
-        ctx.outputs = outputs
         kept = input if overwritten is None else None
         row_terms = (lse if computed & LSE else None, entropy if computed & ENTROPY else None)
         if ctx.compiled:
@@ -462,7 +429,7 @@ class _SoftmaxCE(torch.autograd.Function):
         grad_entropy: Tensor | None = None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        outputs = ctx.outputs
+        outputs = ctx.options[0]
         # Dynamo gives results without a derivative an upstream gradient too.
         grads = (
             grad_loss,
@@ -472,17 +439,14 @@ class _SoftmaxCE(torch.autograd.Function):
         if ctx.compiled:
             *tensors, lse, entropy, gradient = ctx.saved_tensors
             if gradient is not None:
-                return (gradient * grad_loss, *(None,) * 7)
+                return (gradient * grad_loss, *(None,) * 6)
             gradient = torch.empty_like(tensors[0])
-            _softmax_ce_backward_op(gradient, False, *grads, lse, entropy, *tensors, *ctx.options)
-            return (gradient, *(None,) * 7)
+            results = (lse, entropy)
+            _SoftmaxCE.write_gradient(ctx, gradient, grads, False, *results, *tensors)
+            return (gradient, *(None,) * 6)
         *tensors, lse, entropy = ctx.saved_tensors
         found = gradients(_SoftmaxCE, ctx, tensors, grads, (lse, entropy))
-        return (*found, None, None, None)
-
-    @staticmethod
-    def composed(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
-        return reference.softmax_ce(ctx.outputs, *tensors, *ctx.options)
+        return (*found, None, None)
 
     @staticmethod
     def write_gradient(
@@ -492,15 +456,11 @@ class _SoftmaxCE(torch.autograd.Function):
         written: bool,
         *tensors: Any,
     ) -> None:
-        _softmax_ce_backward_op(gradient, written, *grad_outputs, *tensors, *ctx.options)
+        _softmax_ce_backward_op(gradient, written, *grad_outputs, *tensors, *ctx.options[1:])
 
 
-# `_SoftmaxCE.apply` without its layer for functorch's tensors, as in bce.py.
-_softmax_ce_function: Callable[..., Any] = super(torch.autograd.Function, _SoftmaxCE).apply
-
-
-def _softmax_ce_fake(outputs: int, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    reduction, dtype = rest[4], rest[5]
+def _softmax_ce_fake(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    outputs, reduction, dtype = rest[4:7]
     shape = input.shape
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
     real = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32

@@ -336,9 +336,9 @@ def test_rows_side_by_side(name: str, dtype: torch.dtype, device: str) -> None:
         assert torch.equal(result.gradient, right.gradient)
         if not options:  # the gradient in the place of the logits
             logits = on(x, device)
-            numbers = (1, dtype, IGNORED)
+            numbers = (0, 1, dtype, IGNORED)
             op = torch.ops.fused_ce._softmax_ce_with_gradient
-            op(logits, 0, logits, t.to(device), None, None, None, *numbers)
+            op(logits, logits, t.to(device), None, None, None, *numbers)
             assert torch.equal(logits.cpu(), right.gradient)
 
 
@@ -789,9 +789,9 @@ def test_offsets_beyond_32_bits(distance: int, classes: int, device: str) -> Non
             torch.testing.assert_close(loss.detach().cpu(), right.loss)
             torch.testing.assert_close(gradient.cpu(), right.gradient)
             # The gradient as far apart, in the place of the logits.
-            numbers = (1, F32, IGNORED, 0.0, softcap)
+            numbers = (0, 1, F32, IGNORED, 0.0, softcap)
             op = torch.ops.fused_ce._softmax_ce_with_gradient
-            op(x, 0, x, t.to(device), None, None, None, *numbers)
+            op(x, x, t.to(device), None, None, None, *numbers)
             found = torch.cat([place.cpu().view(-1) for place in runs]).view(2, classes)
             torch.testing.assert_close(found, right.gradient)
 

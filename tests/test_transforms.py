@@ -882,16 +882,17 @@ def test_opcheck_of_classes(mode: str, reduction: int, outputs: int, device: str
         t = torch.rand(shape) if mode == "probabilities" else torch.randint(5, rows)
         tensors = (x, t.to(device), torch.rand(5).to(device), torch.rand(rows).to(device))
         numbers = (reduction, torch.float32, -100, 0.1, 30.0, 0.5, 0.01, None, False)
-        arguments = (*tensors, None, *numbers)
-        torch.library.opcheck(OPS._softmax_ce.default, (outputs, *arguments))
+        arguments = (*tensors, None, outputs, *numbers)
+        torch.library.opcheck(OPS._softmax_ce.default, arguments)
         if reduction:
             torch.library.opcheck(
-                OPS._softmax_ce_with_gradient.default, (torch.empty_like(x), outputs, *arguments)
+                OPS._softmax_ce_with_gradient.default, (torch.empty_like(x), *arguments)
             )
         upstream = torch.ones(rows if reduction == 0 else ()).to(device)
         of_rows = torch.rand(rows).to(device) if outputs else None
         lse = torch.logsumexp(30 * torch.tanh(x * 0.5 / 30), 1 if len(shape) > 1 else 0)
-        backward = (torch.empty_like(x), False, upstream, of_rows, of_rows, lse, None, *arguments)
+        grads = (upstream, of_rows, of_rows, lse, None)
+        backward = (torch.empty_like(x), False, *grads, *tensors, None, *numbers)
         torch.library.opcheck(OPS._softmax_ce_backward.default, backward)
 
 

@@ -615,9 +615,14 @@ class CeCall(NamedTuple):
     denominator: float | None = None
     zero_on_empty: bool = False
 
-    def arguments(self) -> list[Any]:
-        tensors = [None if t is None else on(t, DEVICE) for t in self[:5]]
-        return [*tensors, self.reduction, self.dtype or self.input.dtype, *self[7:]]
+    def tensors(self) -> list[Tensor | None]:
+        return [None if t is None else on(t, DEVICE) for t in self[:5]]
+
+    def options(self) -> list[Any]:
+        return [self.reduction, self.dtype or self.input.dtype, *self[7:]]
+
+    def arguments(self, outputs: int) -> list[Any]:
+        return [*self.tensors(), outputs, *self.options()]
 
 
 LSE, ENTROPY, PREDICTION, CORRECT = 1, 2, 4, 8
@@ -675,19 +680,20 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1
 
 def ce_check(call: CeCall) -> None:
     """Loss, statistics, the gradient written beside them, and those of the backward op."""
-    arguments = call.arguments()
-    x = arguments[0]
-    real = torch.float64 if torch.float64 in (x.dtype, arguments[6]) else torch.float32
+    tensors, options = call.tensors(), call.options()
+    x, dtype = call.tensors()[0], options[1]
+    assert x is not None
+    real = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
     leaf, loss, lse, entropy = ce_exact(call)
     dim = 1 if leaf.dim() > 1 else 0
     written = torch.full_like(x, math.nan)
     (exact,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
     for bits in (0, 15):
         if call.reduction == NONE:
-            found = ops_ce.softmax_ce(bits, *arguments)
+            found = ops_ce.softmax_ce(*tensors, bits, *options)
         else:
-            found = ops_ce.softmax_ce_with_gradient(written, bits, *arguments)
-        close(found[0], loss, arguments[6])
+            found = ops_ce.softmax_ce_with_gradient(written, *tensors, bits, *options)
+        close(found[0], loss, dtype)
         if call.reduction != NONE:
             close(written, exact, x.dtype, scale=0.0)
             written.fill_(math.nan)
@@ -709,7 +715,7 @@ def ce_check(call: CeCall) -> None:
         given = [g for g in grads if g is not None]
         (exact,) = torch.autograd.grad(outputs, leaf, given, retain_graph=True)
         moved = [None if g is None else g.to(DEVICE) for g in grads]
-        ops_ce.softmax_ce_backward(written, False, *moved, None, None, *arguments)
+        ops_ce.softmax_ce_backward(written, False, *moved, None, None, *tensors, *options)
         close(written, exact, x.dtype, scale=0.0)
 
 
@@ -811,10 +817,10 @@ def test_ce_layouts(layout: str) -> None:
 @launches
 @pytest.mark.parametrize("classes", [37, 4099])  # one block, and two
 def test_ce_over_the_input(classes: int) -> None:
-    arguments = ce_call((5, classes), label_smoothing=0.1).arguments()
+    arguments = ce_call((5, classes), label_smoothing=0.1).arguments(0)
     apart = torch.empty_like(arguments[0])
-    loss = ops_ce.softmax_ce_with_gradient(apart, 0, *arguments)[0]
-    assert torch.equal(ops_ce.softmax_ce_with_gradient(arguments[0], 0, *arguments)[0], loss)
+    loss = ops_ce.softmax_ce_with_gradient(apart, *arguments)[0]
+    assert torch.equal(ops_ce.softmax_ce_with_gradient(arguments[0], *arguments)[0], loss)
     assert torch.equal(arguments[0], apart)
 
 
@@ -840,7 +846,7 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x[10, 0], x[10, 2] = inf, nan
     expected = [math.log(classes - 1), inf, nan, nan, 0.0, nan, nan, math.log(classes), 0.0]
     call = CeCall(x, labels, reduction=NONE)
-    loss, lse, entropy, prediction, correct = ops_ce.softmax_ce(15, *call.arguments())
+    loss, lse, entropy, prediction, correct = ops_ce.softmax_ce(*call.arguments(15))
     torch.testing.assert_close(loss.cpu(), torch.tensor([*expected, nan, nan]), equal_nan=True)
     torch.testing.assert_close(lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)
     assert entropy[0].item() == pytest.approx(math.log(classes - 1), rel=1e-6)
@@ -849,7 +855,7 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(prediction.cpu(), best)
     assert torch.equal(correct.cpu(), best == labels)
     gradient = torch.full_like(x, 5.0, device=DEVICE)
-    ops_ce.softmax_ce_with_gradient(gradient, 15, *call._replace(reduction=SUM).arguments())
+    ops_ce.softmax_ce_with_gradient(gradient, *call._replace(reduction=SUM).arguments(15))
     g = gradient.cpu()
     assert g[0, 1] == 0
     assert g[2].isnan().all()
@@ -860,7 +866,7 @@ def test_ce_special_rows(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (g[8] == 0).all()
     assert g[9:].isnan().all()
     smoothed = call._replace(label_smoothing=0.1)
-    assert ops_ce.softmax_ce(0, *smoothed.arguments())[0][0].item() == inf
+    assert ops_ce.softmax_ce(*smoothed.arguments(0))[0][0].item() == inf
 
 
 @launches
@@ -873,13 +879,11 @@ def test_ce_nan_in_an_ignored_row(
     call = ce_call(shape)
     clean = torch.full_like(call.input, math.nan, device=DEVICE)
     call.target.view(-1)[1] = -100
-    loss = ops_ce.softmax_ce_with_gradient(clean, outputs, *call.arguments())[0]
+    loss = ops_ce.softmax_ce_with_gradient(clean, *call.arguments(outputs))[0]
     row = (1,) if len(shape) == 2 else (0, slice(None), 1)
     call.input[row] = math.nan
     gradient = torch.full_like(clean, math.nan)
-    assert torch.equal(
-        ops_ce.softmax_ce_with_gradient(gradient, outputs, *call.arguments())[0], loss
-    )
+    assert torch.equal(ops_ce.softmax_ce_with_gradient(gradient, *call.arguments(outputs))[0], loss)
     assert (gradient[row] == 0).all()
     assert torch.equal(gradient, clean)
 
@@ -898,14 +902,14 @@ def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
     elif why == "weight":
         call = call._replace(weight=torch.zeros(5))
     gradient = torch.full_like(call.input, 5.0, device=DEVICE)
-    loss = ops_ce.softmax_ce_with_gradient(gradient, 0, *call.arguments())[0].item()
+    loss = ops_ce.softmax_ce_with_gradient(gradient, *call.arguments(0))[0].item()
     if zero_on_empty:
         assert loss == 0
         assert (gradient == 0).all()
     else:
         assert loss == math.inf if why == "normalizer" else math.isnan(loss)
         assert (gradient == 0).all() if why == "all ignored" else not gradient.isfinite().any()
-    assert ops_ce.softmax_ce(0, *call._replace(reduction=SUM).arguments())[0].isfinite().all() or (
+    assert ops_ce.softmax_ce(*call._replace(reduction=SUM).arguments(0))[0].isfinite().all() or (
         why == "all ignored"
     )
 
@@ -915,7 +919,7 @@ def test_ce_nothing_to_divide_by(why: str, zero_on_empty: bool) -> None:
 def test_ce_no_classes(reduction: int) -> None:
     """Each loss is a sum of no terms: 0, as torch's."""
     call = CeCall(torch.empty(3, 0), torch.empty(3, 0), reduction=reduction)
-    assert (ops_ce.softmax_ce(0, *call.arguments())[0] == 0).all()
+    assert (ops_ce.softmax_ce(*call.arguments(0))[0] == 0).all()
 
 
 @launches
@@ -946,8 +950,8 @@ def test_ce_wide_indices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @launches
 def test_ce_same_bits_again() -> None:
-    arguments = ce_call((300, 10)).arguments()
-    first, second = (ops_ce.softmax_ce(0, *arguments)[0] for _ in range(2))
+    arguments = ce_call((300, 10)).arguments(0)
+    first, second = (ops_ce.softmax_ce(*arguments)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -1293,7 +1297,7 @@ def test_defaults() -> None:
 def test_ce_results_that_are_not_wanted() -> None:
     """They are empty, of the dtypes that compiled code expects."""
     x, t = torch.randn(3, 5), torch.tensor([0, 4, 2])
-    arguments = (0, x, t, None, None, None, 1, torch.float32)
+    arguments = (x, t, None, None, None, 0, 1, torch.float32)
     results = ops_ce.OPS["_softmax_ce"](*arguments)
     native = torch.ops.fused_ce._softmax_ce.default(*arguments)
     assert [(r.dtype, r.shape) for r in results] == [(r.dtype, r.shape) for r in native]

@@ -631,12 +631,12 @@ def _run(
     gradient: Tensor | None,
     written: bool,
     grads: tuple[Tensor | None, ...],
-    outputs: int,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,
+    outputs: int,
     reduction: int,
     dtype: torch.dtype,
     ignore_index: int = -100,
@@ -788,8 +788,8 @@ def softmax_ce_with_gradient(gradient: Tensor, *arguments: Any) -> tuple[Tensor,
 
 def softmax_ce_backward(gradient: Tensor, written: bool, *arguments: Any) -> None:
     """The op `_softmax_ce_backward`."""
-    *grads, _lse, _entropy = arguments[:5]
-    _run(gradient, written, tuple(grads), 0, *arguments[5:])
+    tensors_and_options = (*arguments[5:10], 0, *arguments[10:])
+    _run(gradient, written, arguments[:3], *tensors_and_options)
 
 
 OPS: dict[str, Callable[..., Any]] = {
