@@ -1,6 +1,8 @@
 // Softmax cross entropy on the CPU: registers the ops and divides the rows among torch's threads.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -13,14 +15,19 @@
 namespace fused_ce {
 namespace {
 
-// Calls f(chunk, first row, last row) for chunks of `rows` rows, on torch's threads.
+// Calls f(chunk, first row, last row) for chunks of `rows` rows, on torch's threads. These take a
+// few chunks at a time as they get done, since rows that are ignored cost nothing and lie together.
 template <class F>
 void for_each_chunk(const SoftmaxCeArguments& a, int64_t rows, int64_t grain, F f) {
+  constexpr int64_t kTurns = 4;  // of a thread, if all take the same time
   int64_t chunks = (a.rows.numel + rows - 1) / rows;
+  std::atomic<int64_t> taken{0};
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      int64_t end = (i + 1) * rows < a.rows.numel ? (i + 1) * rows : a.rows.numel;
-      f(i, i * rows, end);
+    const int64_t count = std::max<int64_t>((last - first) / kTurns, 1);
+    for (int64_t i; (i = taken.fetch_add(count)) < chunks;) {
+      for (int64_t end = std::min(i + count, chunks); i < end; ++i) {
+        f(i, i * rows, std::min((i + 1) * rows, a.rows.numel));
+      }
     }
   });
 }
