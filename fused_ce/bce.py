@@ -489,7 +489,7 @@ class _BCE(LossFunction):
             if gradient is not None:
                 return (gradient * grad_output, *(None,) * 7)
             gradient = torch.empty_like(tensors[0])
-            _bce_backward_op(gradient, False, grad_output, *tensors, *ctx.options)
+            _BCE.write_gradient(ctx, gradient, (grad_output,), False, *tensors)
             return (gradient, *(None,) * 7)
         return (*gradients(_BCE, ctx, ctx.saved_tensors, (grad_output,)), None, None, None)
 
