@@ -1,6 +1,8 @@
 // Softmax cross entropy where a vector holds neighbouring classes of one row.
 #pragma once
 
+#include <memory>
+
 #include "softmax_ce_row.h"
 
 namespace fused_ce {
@@ -30,8 +32,16 @@ inline IndexSpace class_space(int64_t classes) {
 }
 
 // Loops over classes take steps of Computing::kStep of them, of which a block has at least one; the
-// last step ends where the block does, and so takes some classes again. Exponentials are kept step
-// behind step, each in the order of load_two.
+// last step ends where the block does, and so takes some classes again. Exponentials are kept in
+// the order of load_two.
+
+// Where the last step's exponentials are kept: over those that it takes again, which are the same,
+// or behind them, where a step's order is not that of the classes.
+template <class T>
+FUSED_CE_HOST_DEVICE int last_place(int count) {
+  constexpr int kStep = Computing<RealOf<T>>::kStep;
+  return std::is_same_v<T, BFloat16> ? (count - 1) / kStep * kStep : count - kStep;
+}
 
 template <class T>
 auto block_max(const T* x, int count) {  // [count]
@@ -85,7 +95,7 @@ FUSED_CE_HOST_DEVICE SoftmaxSums<V> only(const SoftmaxSums<V>& sums, Mask in) {
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,  // [count]
                                           Coefficients<T> coefficients,
-                                          Real* kept,  // [steps][kStep] or null
+                                          Real* kept,  // [steps][kStep], [count] or null
                                           int count, SoftmaxSums<double>& sums,
                                           const T* ahead) {  // [count]
   using V = typename Computing<Real>::Vector;
@@ -97,14 +107,13 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
   const V top = V{} + reference;
   Total exponentials, all_coefficients, cost, entropy;
   SoftmaxSums<V> one{}, other{};
-  auto step = [&](int i, int place) __attribute__((always_inline)) {
+  auto step = [&](int i) __attribute__((always_inline)) -> Two<V> {
     prefetch_step(ahead + i);
     Two<V> l = load_two<T>(x + i);
     Two<V> b{};
     if constexpr (kWeighted) b = coefficients.two(i);
-    Two<V> e{add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
-             add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
-    if (kept != nullptr) store_two(kept + place, e);
+    return {add_logit<kPrecision>(one, top, l.first, b.first, kWeighted, kEntropy),
+            add_logit<kPrecision>(other, top, l.second, b.second, kWeighted, kEntropy)};
   };
   auto total = [&]() __attribute__((always_inline)) {
     exponentials.add(one.exponentials + other.exponentials);
@@ -115,19 +124,26 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
     }
     one = other = SoftmaxSums<V>{};
   };
-  // What the last step takes, but for what the others take too.
-  if (const int rest = count % kStep; rest != 0) {
-    step(count - kStep, count - rest);
+  // What the last step takes, but for what the others take too; before anything is kept, which may
+  // be over the logits.
+  Two<V> last{};
+  const int rest = count % kStep;
+  if (rest != 0) {
+    last = step(count - kStep);
     const Two<V> place = places<T>();
     const V fresh = V{} + static_cast<Real>(kStep - rest);
     one = only(one, place.first >= fresh);
     other = only(other, place.second >= fresh);
   }
   for (int i = 0; i + kStep <= count;) {
-    int last = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
-    for (; i + kStep <= last; i += kStep) step(i, i);
+    int end = i + kStepsPerSum * kStep < count ? i + kStepsPerSum * kStep : count;
+    for (; i + kStep <= end; i += kStep) {
+      Two<V> e = step(i);
+      if (kept != nullptr) store_two(kept + i, e);
+    }
     total();
   }
+  if (kept != nullptr && rest != 0) store_two(kept + last_place<T>(count), last);
   sums.exponentials += exponentials.total();
   if (kEntropy) sums.entropy += entropy.total();
   if (!kWeighted || coefficients.factor == 0) return;
@@ -139,7 +155,7 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_gradient(const T* x,  // [count]
                                               Coefficients<T> coefficients,
-                                              const Real* kept,  // [steps][kStep] or null
+                                              const Real* kept,  // [steps][kStep], [count] or null
                                               int count, Real reference,
                                               const SoftmaxGradient<Real>& factors,
                                               const T* ahead,  // [count]
@@ -168,7 +184,7 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
             gradient_of(f, e.second, below.second, b.second, kWeighted, kEntropy)};
   };
   // Before anything is written, which may be over the logits.
-  const Two<V> last = step(count - kStep, (count - 1) / kStep * kStep);
+  const Two<V> last = step(count - kStep, last_place<T>(count));
   for (int i = 0; i + kStep <= count; i += kStep) store_two(gradient + i, step(i, i));
   store_two(gradient + count - kStep, last);
 }
@@ -194,11 +210,14 @@ struct ClassWise {
   // asked for in its second pass.
   static constexpr int64_t kShortRow = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T));
   static constexpr int kMostAtOnce = kClassBlock / static_cast<int>(kManyProbabilities);
+  // The longest row that keeps its exponentials: of half types in 1 MiB of each thread, which costs
+  // less than to compute them again even where only the third-level cache holds it (measured).
+  static constexpr int64_t kMostKept = 64 * kClassBlock;
 
   struct Buffers {
     alignas(64) T logits[kClassBlock], gradient[kClassBlock];
-    alignas(64) Real slope[kClassBlock],
-        coefficients[kClassBlock], weight[kClassBlock], kept[kClassBlock];
+    alignas(64) Real slope[kClassBlock], coefficients[kClassBlock], weight[kClassBlock];
+    double reference[kMostKept / kClassBlock + 1];  // of the blocks' kept exponentials
   };
 
   const SoftmaxCeArguments& a;
@@ -208,6 +227,7 @@ struct ClassWise {
   const IndexSpace space = class_space(a.classes);
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
   const bool is_single = is_direct && a.classes <= kClassBlock;
+  const bool keeps = kTerms != Terms::kAll && is_direct && a.gradient && a.classes <= kMostKept;
   // A row keeps its exponentials in whole steps, and as many rows go together as a buffer holds.
   // With a gradient these are fewer, 4 KiB of logits: where memory is read for longer and then
   // written for longer, it is slower (measured).
@@ -281,18 +301,17 @@ struct ClassWise {
   struct Row {
     int64_t row;
     int i;       // its place in RowBuffers
-    Real* kept;  // [steps][kStep] or null
+    Real* kept;  // [steps][kStep], [classes] or null
     SoftmaxSums<double> sums;
-    SoftmaxGradient<Real> factors;
+    SoftmaxGradient<double> factors;
     Real at_label;
   };
 
   // Works through some rows together: the processor goes on to the next row's logits while one's
   // sums and logarithm keep it waiting.
   void run(Row* batch, int count) {  // [count]
-    const bool keeps = is_single && a.gradient && !options.has_entropy;
     for (int j = 0; j < count; ++j) {
-      batch[j].kept = keeps ? buffers.kept + j * kept_classes : nullptr;
+      batch[j].kept = keeps ? kept_of(batch[j].row, j) : nullptr;
       start(batch[j]);
     }
     for (int j = 0; j < count; ++j) add_up(batch[j]);
@@ -300,6 +319,23 @@ struct ClassWise {
     if (!a.gradient) return;
     for (int j = 0; j < count; ++j) write_gradient(batch[j]);
   }
+
+  // The memory for the exponentials of a row, the j-th of those that go together: that of its
+  // gradient where this has their type, or else the thread's own.
+  Real* kept_of(int64_t row, int j) {
+    if constexpr (std::is_same_v<T, Real>) {
+      gradient.move_to(a.gradient, a.rows, row);
+      return static_cast<Real*>(gradient.data);
+    } else {
+      struct Memory {
+        alignas(64) Real exponentials[kMostKept];
+      };
+      static thread_local const std::unique_ptr<Memory> memory(new Memory);
+      return memory->exponentials + j * kept_classes;
+    }
+  }
+  // The place of a block's reference.
+  static int64_t block_of(int64_t c) { return (c + kStep) / kClassBlock; }
 
   void move_to(int64_t row) {
     input.move_to(a.input, a.rows, row);
@@ -317,6 +353,7 @@ struct ClassWise {
   void add_up(Row& row) {
     const int i = row.i;
     move_to(row.row);
+    if (options.finds_largest) find_largest(i);
     SoftmaxSums<double>& sums = row.sums;
     if (has_lse(i)) {
       sums.reference = rows.lse[i];
@@ -330,10 +367,11 @@ struct ClassWise {
         if (!is_single) {
           admit<double>(sums, block_max(x, count), options.has_coefficients, options.has_entropy);
         }
-        block_sums<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count, sums, x + ahead);
+        Real* kept = row.kept != nullptr ? row.kept + c : nullptr;
+        if (kept != nullptr) buffers.reference[block_of(c)] = sums.reference;
+        block_sums<kTerms, kPrecision>(x, coefficients(c, count), kept, count, sums, x + ahead);
       });
     }
-    if (options.finds_largest) find_largest(i);
     sums.reference = finite_reference(sums.reference);
   }
 
@@ -346,15 +384,19 @@ struct ClassWise {
     if (a.is_backward && a.entropy) result.entropy = rows.entropy[i];
     rows.entropy[i] = static_cast<Real>(result.entropy);
     if (!a.gradient) return;
-    auto exact =
+    row.factors =
         SoftmaxGradient<double>::evaluate(row.sums, result, rows.label_weight[i], options.z_loss,
                                           rows.upstream[i], rows.grad_lse[i], rows.grad_entropy[i]);
-    row.factors = {static_cast<Real>(exact.exponential), static_cast<Real>(exact.entropy),
-                   static_cast<Real>(exact.coefficient), static_cast<Real>(exact.label)};
     if (rows.label[i] >= 0) {
-      row.at_label = gradient_at(rows.label[i], rows.label_logit[i],
-                                 static_cast<Real>(row.sums.reference), row.factors);
+      row.at_label =
+          gradient_at(rows.label[i], rows.label_logit[i], static_cast<Real>(row.sums.reference),
+                      factors_of(row, row.factors.exponential));
     }
+  }
+  // With the factor of the exponentials given.
+  static SoftmaxGradient<Real> factors_of(const Row& row, double exponential) {
+    return {static_cast<Real>(exponential), static_cast<Real>(row.factors.entropy),
+            static_cast<Real>(row.factors.coefficient), static_cast<Real>(row.factors.label)};
   }
 
   void write_gradient(const Row& row) {
@@ -365,9 +407,15 @@ struct ClassWise {
       const T* x = logits(c, count);
       const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
       T* to = is_direct ? static_cast<T*>(gradient.data) + c : buffers.gradient;
-      block_gradient<kTerms, kPrecision>(x, coefficients(c, count), row.kept, count,
-                                         static_cast<Real>(row.sums.reference), row.factors, ahead,
-                                         to);
+      const Real* kept = row.kept != nullptr ? row.kept + c : nullptr;
+      double exponential = row.factors.exponential;
+      if (kept != nullptr && !is_single) {
+        double above = row.sums.reference - buffers.reference[block_of(c)];
+        exponential *= math::exp_negative<Precision::kFull>(above);
+      }
+      block_gradient<kTerms, kPrecision>(x, coefficients(c, count), kept, count,
+                                         static_cast<Real>(row.sums.reference),
+                                         factors_of(row, exponential), ahead, to);
       if constexpr (kMayBuffer) {
         if (is_direct) return;
         if (options.transforms) {
