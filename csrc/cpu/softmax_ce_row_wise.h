@@ -185,14 +185,22 @@ struct RowWise {
       }
     }
     const bool entropy = kHasTerms && options.has_entropy;
-    // The next rows' first classes, while memory has nothing else to do.
+    // The next rows' logits, while memory has nothing else to do: their first classes, or, where
+    // the classes lie one behind another, all of them, for which the second-level cache has room.
     const char* next = dense(a.input, 0);
+    const char* next_turned = next == nullptr && classes == a.classes ? in_rows(a.input) : nullptr;
     const int64_t apart = bytes_of(a.input, a.input.class_stride), each = bytes_of(a.input, 1);
     const int ahead = next == nullptr             ? 0
                       : a.classes < kClassesAhead ? static_cast<int>(a.classes)
                                                   : kClassesAhead;
     for (int i = 0; i < padded; i += kWidth) {
       for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
+      if (next_turned != nullptr) {
+        const char* from = next_turned + (count + i) * a.classes * each;
+        for (int64_t byte = 0; byte < kWidth * a.classes * each; byte += 64) {
+          __builtin_prefetch(from + byte, 0, 2);
+        }
+      }
       const Real* at = buffers.logits + i;
       const V low = V{} - static_cast<Real>(INFINITY);
       V top = math::Machine<V>::greater(load(at), low);
