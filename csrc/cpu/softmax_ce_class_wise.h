@@ -13,6 +13,17 @@ constexpr int kClassBlock = 4096;  // classes in a buffer
 // by class, which costs more: with these, from as few as a step has.
 constexpr int64_t kManyClasses = 128, kManyProbabilities = 32;
 
+// The longest row that keeps its exponentials: of half types in 1 MiB of each thread, which costs
+// less than to compute them again even where only the third-level cache holds it (measured).
+constexpr int64_t kMostKept = 64 * kClassBlock;
+inline float* exponentials_of_thread() {
+  struct Memory {
+    alignas(64) float exponentials[kMostKept];
+  };
+  static thread_local const std::unique_ptr<Memory> memory(new Memory);
+  return memory->exponentials;
+}
+
 // The operand's classes of one row as an operand of one dimension.
 struct RowClasses : Operand {
   explicit RowClasses(const ClassOperand& operand) {
@@ -33,10 +44,11 @@ inline IndexSpace class_space(int64_t classes) {
 
 // Loops over classes take steps of Computing::kStep of them, of which a block has at least one; the
 // last step ends where the block does, and so takes some classes again. Exponentials are kept in
-// the order of load_two.
+// the order of load_two, a place for each class, or whole steps of places where that order is not
+// the classes' (`last_place`).
 
 // Where the last step's exponentials are kept: over those that it takes again, which are the same,
-// or behind them, where a step's order is not that of the classes.
+// or else behind them.
 template <class T>
 FUSED_CE_HOST_DEVICE int last_place(int count) {
   constexpr int kStep = Computing<RealOf<T>>::kStep;
@@ -95,7 +107,7 @@ FUSED_CE_HOST_DEVICE SoftmaxSums<V> only(const SoftmaxSums<V>& sums, Mask in) {
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_sums(const T* x,  // [count]
                                           Coefficients<T> coefficients,
-                                          Real* kept,  // [steps][kStep], [count] or null
+                                          Real* kept,  // [count or steps * kStep] or null
                                           int count, SoftmaxSums<double>& sums,
                                           const T* ahead) {  // [count]
   using V = typename Computing<Real>::Vector;
@@ -155,7 +167,7 @@ __attribute__((noinline)) void block_sums(const T* x,  // [count]
 template <Terms kTerms, Precision kPrecision, class T, class Real>
 __attribute__((noinline)) void block_gradient(const T* x,  // [count]
                                               Coefficients<T> coefficients,
-                                              const Real* kept,  // [steps][kStep], [count] or null
+                                              const Real* kept,  // [count or steps * kStep] or null
                                               int count, Real reference,
                                               const SoftmaxGradient<Real>& factors,
                                               const T* ahead,  // [count]
@@ -210,9 +222,6 @@ struct ClassWise {
   // asked for in its second pass.
   static constexpr int64_t kShortRow = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T));
   static constexpr int kMostAtOnce = kClassBlock / static_cast<int>(kManyProbabilities);
-  // The longest row that keeps its exponentials: of half types in 1 MiB of each thread, which costs
-  // less than to compute them again even where only the third-level cache holds it (measured).
-  static constexpr int64_t kMostKept = 64 * kClassBlock;
 
   struct Buffers {
     alignas(64) T logits[kClassBlock], gradient[kClassBlock];
@@ -301,7 +310,7 @@ struct ClassWise {
   struct Row {
     int64_t row;
     int i;       // its place in RowBuffers
-    Real* kept;  // [steps][kStep], [classes] or null
+    Real* kept;  // [classes or steps * kStep] or null
     SoftmaxSums<double> sums;
     SoftmaxGradient<double> factors;
     Real at_label;
@@ -327,11 +336,7 @@ struct ClassWise {
       gradient.move_to(a.gradient, a.rows, row);
       return static_cast<Real*>(gradient.data);
     } else {
-      struct Memory {
-        alignas(64) Real exponentials[kMostKept];
-      };
-      static thread_local const std::unique_ptr<Memory> memory(new Memory);
-      return memory->exponentials + j * kept_classes;
+      return exponentials_of_thread() + j * kept_classes;
     }
   }
   // The place of a block's reference.

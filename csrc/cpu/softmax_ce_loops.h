@@ -2,9 +2,9 @@
 // has many, or one class of neighbouring rows (`RowWise`) where it has few or its neighbours in
 // memory are other rows (`holds_rows`). Both take the classes in blocks that stay in the
 // first-level cache: one pass over memory for the sums, whose reference moves up as larger logits
-// come, and for the gradient a second one, or none if the exponentials of all classes have been
-// kept. Both ask for what comes next before they compute, so that memory does not wait for the
-// arithmetic.
+// come, and for the gradient one over the exponentials if these have been kept, or else a second
+// one over the logits. Both ask for what comes next before they compute, so that memory does not
+// wait for the arithmetic.
 #pragma once
 
 #include "softmax_ce_class_wise.h"
