@@ -1,6 +1,6 @@
 // The per-element formulas of every loss, shared by the CPU bodies and the CUDA kernels.
 //
-// Each formula is a template over V: a scalar (float, double) or a GCC vector of floats on the CPU,
+// Each formula is a template over V: a scalar (float, double) or a GCC vector of these on the CPU,
 // a scalar on the GPU. The operators and the ternary read the same for all of them, so the formula
 // is written once. Only the primitives (exponential, logarithms) differ by platform; they come
 // first.
@@ -62,8 +62,8 @@ FUSED_CE_HOST_DEVICE V multiply_add(V a, V b, V c) {
 }
 #endif
 
-template <class V, int kTerms>
-FUSED_CE_HOST_DEVICE V polynomial(V x, const float (&coefficients)[kTerms]) {
+template <class V, class Scalar, int kTerms>
+FUSED_CE_HOST_DEVICE V polynomial(V x, const Scalar (&coefficients)[kTerms]) {
   V sum = V{} + coefficients[kTerms - 1];
 #if defined(__CUDA_ARCH__)
 #pragma unroll
@@ -201,10 +201,20 @@ __device__ __forceinline__ float log1p_unit(float e) {
   }
 }
 
-#else  // CPU: V is float or a vector of floats; the same bit operations serve both.
+#else  // CPU: V is float or a vector; the same bit operations serve all.
 
 template <class V>
 using Bits = typename Machine<V>::Bits;
+
+template <class V>
+constexpr bool kIsDouble = sizeof(ScalarOf<V>) == sizeof(double);
+// A function of float64 that has no vector of its own, lane by lane.
+template <class V, class F>
+FUSED_CE_HOST_DEVICE V each_lane(V x, F f) {
+  V y{};
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(double)); ++i) y[i] = f(x[i]);
+  return y;
+}
 
 template <class To, class From>
 FUSED_CE_HOST_DEVICE To bit_cast(From from) {
@@ -216,15 +226,22 @@ FUSED_CE_HOST_DEVICE To bit_cast(From from) {
 
 template <class V>
 FUSED_CE_HOST_DEVICE V absolute(V x) {
+  if constexpr (kIsDouble<V>) return bit_cast<V>(bit_cast<Bits<V>>(x) & 0x7fffffffffffffff);
   return bit_cast<V>(bit_cast<Bits<V>>(x) & 0x7fffffff);
 }
 
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+// 1.5 * 2^23 and 1.5 * 2^52: adding them rounds to an integer in the low bits.
+constexpr float kRound = 12582912.0f;
+constexpr double kRoundDouble = 6755399441055744.0;
 
-// x * 2^n for a whole n in [-190, 63], in two factors, so that results below the smallest normal
-// float round once and a NaN stays one.
+// x * 2^n for a whole n in [-190, 63], of float64 [-1086, 63], in two factors, so that results
+// below the smallest normal number round once and a NaN stays one.
 template <class V>
 FUSED_CE_HOST_DEVICE V times_power_by_bits(V x, V n) {
+  if constexpr (kIsDouble<V>) {
+    Bits<V> exponent = bit_cast<Bits<V>>(n + kRoundDouble) - (0x4338000000000000 - 1023 - 64);
+    return x * bit_cast<V>(exponent << 52) * 5.42101086242752217004e-20;  // 2^-64
+  }
   V scale = bit_cast<V>((bit_cast<Bits<V>>(n + kRound) - (0x4b400000 - 127 - 64)) << 23);
   return x * scale * 5.42101086242752217004e-20f;  // 2^-64
 }
@@ -260,9 +277,26 @@ FUSED_CE_HOST_DEVICE V inverse(V x) {
 }
 FUSED_CE_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
 
+// exp(-y) of vectors of float64, as exp_negative; y above 746 gives 0.
+template <class V>
+FUSED_CE_HOST_DEVICE V exp_negative_double(V y) {
+  y = Machine<V>::at_most(746.0, y);
+  V n = multiply_add(y, V{} - 1.44269504088896340736, V{} + kRoundDouble) - kRoundDouble;
+  // ln2 in two parts, the first of which has so many zeros that its product with n is exact.
+  V r = multiply_add(n, V{} - 0.693147180369123816490, -y);
+  r = multiply_add(n, V{} - 1.90821492927058770002e-10, r);
+  // Taylor's (exp(r) - 1 - r) / r^2, relative error of exp 4e-18.
+  const double c[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                      1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  V p = multiply_add(r * r, polynomial<V>(r, c), r);
+  return Machine<V>::times_power_of_two(p + 1.0, n);
+}
+
 // exp(-y) = 2^n * exp(r), r in [-ln2/2, ln2/2]. Right for y >= -43; y above 104 gives 0.
 template <Precision kPrecision, class V>
 FUSED_CE_HOST_DEVICE V exp_negative(V y) {
+  if constexpr (kIsDouble<V>) return exp_negative_double(y);
   y = Machine<V>::at_most(104.0f, y);
   V n = multiply_add(y, V{} - 1.44269502162933349609375f, V{} + kRound) - kRound;
   if constexpr (kPrecision == Precision::kHalf) {
@@ -285,7 +319,9 @@ FUSED_CE_HOST_DEVICE V exp_negative(V y) {
 // log1p(e) for e in [0, 1].
 template <Precision kPrecision, class V>
 FUSED_CE_HOST_DEVICE V log1p_unit(V e) {
-  if constexpr (kPrecision == Precision::kHalf) {
+  if constexpr (kIsDouble<V>) {
+    return each_lane(e, [](double x) { return ::log1p(x); });
+  } else if constexpr (kPrecision == Precision::kHalf) {
     const float c[] = FUSED_CE_LOG1P_HALF;
     return e * polynomial<V>(e, c);
   } else {
@@ -297,6 +333,7 @@ FUSED_CE_HOST_DEVICE V log1p_unit(V e) {
 // tanh(x): a polynomial where the difference of two exponentials would lose digits.
 template <class V>
 FUSED_CE_HOST_DEVICE V tanh(V x) {
+  if constexpr (kIsDouble<V>) return each_lane(x, [](double lane) { return ::tanh(lane); });
   V y = absolute(x), z = x * x;
   // Remez fit of (tanh(x) - x) / x^3 up to 1, relative error of tanh 4.6e-9.
   const float c[] = {-0.333332954315f,   0.133323445666f,   -0.053879802368f,   0.0214866566819f,
@@ -312,6 +349,7 @@ FUSED_CE_HOST_DEVICE V tanh(V x) {
 // sqrt(2)].
 template <class V>
 FUSED_CE_HOST_DEVICE V log(V x) {
+  if constexpr (kIsDouble<V>) return each_lane(x, [](double lane) { return ::log(lane); });
   V normal = x < 1.17549435e-38f ? x * 8388608.0f : x;
   V offset = x < 1.17549435e-38f ? V{} - 23.0f : V{};
   Bits<V> bits = bit_cast<Bits<V>>(normal);

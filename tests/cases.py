@@ -101,10 +101,7 @@ def exact_cross_entropy(
         count = (w[label] * kept).sum()
     logits = capped(torch.where(kept.unsqueeze(dim), x, 0.0), softcap, logit_scale)
     q = q * (1 - label_smoothing) + label_smoothing / classes
-    # Not log_softmax, which adds up many classes one by one where torch has no vector loops.
-    below = logits - logits.detach().amax(dim, keepdim=True) if classes else logits
-    cost = below.exp().sum(dim, keepdim=True).log() - below
-    loss = q * w.reshape(column) * cost
+    loss = q * w.reshape(column) * -torch.log_softmax(logits, dim)
     if not t.is_floating_point():  # what is no label counts nothing, at a logit of -inf too
         loss = torch.where(q == 0, 0.0, loss)
     loss = loss.sum(dim)

@@ -1,5 +1,6 @@
 // What test_math.py calls: the functions of csrc/math.h and the conversions of csrc/cpu/vector.h
-// over numpy arrays, as submodules `scalar` (float), `vector` (kLanes floats) and `double`.
+// over numpy arrays, as submodules `scalar` (float), `vector` (kLanes floats), `double` and
+// `doubles` (a vector of them).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -154,6 +155,7 @@ PYBIND11_MODULE(math_bindings, m) {
   define_math<float>(scalar);
   define_math<Floats>(vector);
   define_math<double>(m.def_submodule("double"));
+  define_math<Doubles>(m.def_submodule("doubles"));
   define_conversions<float>(scalar);
   define_conversions<Floats>(vector);
 }

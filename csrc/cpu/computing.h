@@ -46,6 +46,23 @@ struct FloatsSum {
   }
 };
 
+struct DoublesSum {
+  Doubles value{}, lost{};
+  FUSED_CE_HOST_DEVICE void add(Doubles x) {
+    Doubles next = value + x;
+    lost += math::lost_in(value, x, next);
+    value = next;
+  }
+  FUSED_CE_HOST_DEVICE double total() const {
+    Sum sum;
+    for (int i = 0; i < kLanes / 2; ++i) {
+      sum.add(value[i]);
+      sum.lost += lost[i];
+    }
+    return sum.total();
+  }
+};
+
 // What Real is computed in, how its vectors are added up, and how many elements a step takes.
 template <class Real>
 struct Computing;
@@ -57,9 +74,9 @@ struct Computing<float> {
 };
 template <>
 struct Computing<double> {
-  using Vector = double;
-  using Total = Sum;
-  static constexpr int kStep = 2;
+  using Vector = Doubles;
+  using Total = DoublesSum;
+  static constexpr int kStep = kLanes;
 };
 template <class T>
 using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -80,7 +97,9 @@ constexpr int kAhead = 12288 / static_cast<int>(sizeof(T));
 FUSED_CE_HOST_DEVICE float max_of_lanes(Floats v) {
   return combine_lanes(v, math::Machine<Floats>::greater);
 }
-FUSED_CE_HOST_DEVICE double max_of_lanes(double v) { return v; }
+FUSED_CE_HOST_DEVICE double max_of_lanes(Doubles v) {
+  return combine_lanes(v, math::Machine<Doubles>::greater);
+}
 
 // Whether a lane is NaN.
 FUSED_CE_HOST_DEVICE bool has_nan(Floats v) {
@@ -90,7 +109,9 @@ FUSED_CE_HOST_DEVICE bool has_nan(Floats v) {
   return combine_lanes(v != v, [](Ints x, Ints y) { return x | y; }) != 0;
 #endif
 }
-FUSED_CE_HOST_DEVICE bool has_nan(double v) { return v != v; }
+FUSED_CE_HOST_DEVICE bool has_nan(Doubles v) {
+  return combine_lanes(v != v, [](Longs x, Longs y) { return x | y; }) != 0;
+}
 
 }  // namespace
 }  // namespace fused_ce

@@ -26,26 +26,27 @@ Chunk class_wise_of(bool has_coefficients) {
   return has_coefficients ? class_wise<T, Terms::kCoefficients, kPrecision>
                           : class_wise<T, Terms::kPlain, kPrecision>;
 }
-template <Precision kPrecision>
+template <class Real, Precision kPrecision>
 Chunk chunk_of(const SoftmaxCeArguments& a) {
-  const Options<float> options(a);
+  const Options<Real> options(a);
   if (holds_rows(a)) {
     bool plain = !options.has_coefficients && !options.has_entropy;
-    return plain ? row_wise<float, Terms::kPlain, kPrecision>
-                 : row_wise<float, Terms::kAll, Precision::kFull>;
+    return plain ? row_wise<Real, Terms::kPlain, kPrecision>
+                 : row_wise<Real, Terms::kAll, Precision::kFull>;
   }
-  if (options.has_entropy) return class_wise<float, Terms::kAll, kPrecision>;
-  if (options.transforms) return class_wise_of<float, kPrecision>(options.has_coefficients);
+  if (options.has_entropy) return class_wise<Real, Terms::kAll, kPrecision>;
+  if (options.transforms || std::is_same_v<Real, double>) {
+    return class_wise_of<Real, kPrecision>(options.has_coefficients);
+  }
   return lies_in_rows<BFloat16>(a)  ? class_wise_of<BFloat16, kPrecision>(options.has_coefficients)
          : lies_in_rows<Float16>(a) ? class_wise_of<Float16, kPrecision>(options.has_coefficients)
                                     : class_wise_of<float, kPrecision>(options.has_coefficients);
 }
 
 double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end, double scale) {
-  auto chunk = a.in_double ? (holds_rows(a) ? row_wise<double, Terms::kAll, Precision::kFull>
-                                            : class_wise<double, Terms::kAll, Precision::kFull>)
-               : a.half_precision ? chunk_of<Precision::kHalf>(a)
-                                  : chunk_of<Precision::kFull>(a);
+  auto chunk = a.in_double        ? chunk_of<double, Precision::kFull>(a)
+               : a.half_precision ? chunk_of<float, Precision::kHalf>(a)
+                                  : chunk_of<float, Precision::kFull>(a);
   return chunk(a, begin, end, scale);
 }
 

@@ -84,12 +84,32 @@ FUSED_CE_HOST_DEVICE void to_rows(Floats (&v)[kCount]) {
   transpose_few(kTurns.to_rows, v);
 }
 
-// float64 has a row to a vector.
-FUSED_CE_HOST_DEVICE void transpose(double (&)[1]) {}
+// float64 is moved one element at a time: lane `lane` of vector i comes from place(i, lane).
+template <int kCount, class F>
+FUSED_CE_HOST_DEVICE void move_lanes(Doubles (&v)[kCount], F place) {
+  constexpr int kWidth = kLanes / 2;
+  double from[kCount * kWidth];
+  memcpy(from, v, sizeof(from));
+  for (int i = 0; i < kCount; ++i) {
+    Doubles moved{};
+    for (int lane = 0; lane < kWidth; ++lane) moved[lane] = from[place(i, lane)];
+    v[i] = moved;
+  }
+}
+FUSED_CE_HOST_DEVICE void transpose(Doubles (&v)[kLanes / 2]) {
+  move_lanes(v, [](int i, int lane) { return lane * (kLanes / 2) + i; });
+}
 template <int kCount>
-FUSED_CE_HOST_DEVICE void to_columns(double (&)[kCount]) {}
+FUSED_CE_HOST_DEVICE void to_columns(Doubles (&v)[kCount]) {
+  move_lanes(v, [](int i, int lane) { return lane * kCount + i; });
+}
 template <int kCount>
-FUSED_CE_HOST_DEVICE void to_rows(double (&)[kCount]) {}
+FUSED_CE_HOST_DEVICE void to_rows(Doubles (&v)[kCount]) {
+  move_lanes(v, [](int i, int lane) {
+    int place = i * (kLanes / 2) + lane;
+    return place % kCount * (kLanes / 2) + place / kCount;
+  });
+}
 
 // Calls few.operator()<columns>(row) for groups of kWidth rows of two to four columns, or
 // square(row, column) for squares of kWidth rows and columns; returns how many leading rows these

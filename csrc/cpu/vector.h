@@ -1,4 +1,4 @@
-// Vectors of floats and the memory formats they are loaded from and stored to. Written with the
+// Vectors of floats and doubles, and the memory formats of these. Written with the
 // compiler's vector extension: the same source gives AVX-512, AVX2, NEON or SSE2 code, by the flags
 // that CMakeLists.txt compiles it with.
 #pragma once
@@ -30,9 +30,16 @@ typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
+typedef double Doubles __attribute__((vector_size(kLanes * 4)));
+typedef int64_t Longs __attribute__((vector_size(kLanes * 4)));
+
 template <>
 struct ElementOf<Floats> {
   using type = float;
+};
+template <>
+struct ElementOf<Doubles> {
+  using type = double;
 };
 #if defined(__AVX512F__)
 // The unmasked intrinsics make GCC 12 warn of its own headers (https://gcc.gnu.org/PR105593); with
@@ -88,6 +95,49 @@ struct Machine<Floats> {
     return times_power_by_bits(x, n);
   }
 #endif
+};
+
+template <>
+struct Machine<Doubles> {
+  using Bits = Longs;
+#if defined(__AVX512F__)
+  FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
+    return (Doubles)_mm512_maskz_min_pd(0xff, _mm512_set1_pd(limit), (__m512d)x);
+  }
+  FUSED_CE_HOST_DEVICE static Doubles greater(Doubles x, Doubles y) {
+    return (Doubles)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y);
+  }
+  FUSED_CE_HOST_DEVICE static Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+    return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
+  FUSED_CE_HOST_DEVICE static Doubles times_power_of_two(Doubles x, Doubles n) {
+    return (Doubles)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
+  }
+#else
+#if defined(__AVX2__)
+  FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
+    return (Doubles)_mm256_min_pd(_mm256_set1_pd(limit), (__m256d)x);
+  }
+  FUSED_CE_HOST_DEVICE static Doubles greater(Doubles x, Doubles y) {
+    return (Doubles)_mm256_max_pd((__m256d)x, (__m256d)y);
+  }
+  FUSED_CE_HOST_DEVICE static Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+    return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#else
+  FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
+    return x > limit ? Doubles{} + limit : x;
+  }
+  FUSED_CE_HOST_DEVICE static Doubles greater(Doubles x, Doubles y) { return x > y ? x : y; }
+  FUSED_CE_HOST_DEVICE static Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+    return a * b + c;
+  }
+#endif
+  FUSED_CE_HOST_DEVICE static Doubles times_power_of_two(Doubles x, Doubles n) {
+    return times_power_by_bits(x, n);
+  }
+#endif
+  FUSED_CE_HOST_DEVICE static Doubles reciprocal(Doubles x) { return 1.0 / x; }
 };
 }  // namespace math
 
@@ -145,9 +195,14 @@ FUSED_CE_HOST_DEVICE Floats load(const float* p /* [kLanes] */) {
   return v;
 }
 FUSED_CE_HOST_DEVICE void store(float* p /* [kLanes] */, Floats v) { memcpy(p, &v, sizeof(v)); }
-// float64 is computed one element at a time.
-FUSED_CE_HOST_DEVICE double load(const double* p /* [1] */) { return *p; }
-FUSED_CE_HOST_DEVICE void store(double* p /* [1] */, double v) { *p = v; }
+FUSED_CE_HOST_DEVICE Doubles load(const double* p /* [kLanes / 2] */) {
+  Doubles v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+FUSED_CE_HOST_DEVICE void store(double* p /* [kLanes / 2] */, Doubles v) {
+  memcpy(p, &v, sizeof(v));
+}
 // Integers as wider ones: GCC takes a vector of them apart for it.
 FUSED_CE_HOST_DEVICE Ints wide(Halves v) {
 #if defined(__AVX512F__)
@@ -239,7 +294,7 @@ struct Two {
   V first, second;
 };
 template <class T, class U>
-FUSED_CE_HOST_DEVICE auto load_two(const U* p /* [2 kLanes], of double [2] */) {
+FUSED_CE_HOST_DEVICE auto load_two(const U* p /* [2 kLanes], of double [kLanes] */) {
   using V = decltype(load(p));
   constexpr int kStep = sizeof(V) / sizeof(ScalarOf<V>);
   V low = load(p), high = load(p + kStep);
@@ -267,7 +322,7 @@ FUSED_CE_HOST_DEVICE auto load_two<BFloat16>(const uint8_t* p /* [2 kLanes] */) 
                      __builtin_convertvector(words >> 8, Floats)};
 }
 template <bool kAnyNan = true, class T, class V>
-FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [2] */, Two<V> v) {
+FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [kLanes] */, Two<V> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     Words words = narrow_in_place<Words, kAnyNan>(T{}, v.first) >> 16 |
                   (narrow_in_place<Words, kAnyNan>(T{}, v.second) & 0xffff0000u);
