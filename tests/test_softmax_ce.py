@@ -749,7 +749,7 @@ def test_first_block_of_classes_all_minus_inf(masked: int, dtype: torch.dtype, d
 
 # Rows of several blocks of classes: of whole ones and a tail of 13, and one class past the longest
 # row that keeps its exponentials.
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("classes", [8205, 40_000, 262_145])
 def test_rising_logits(classes: int, dtype: torch.dtype, device: str) -> None:
     """What is kept of a block is relative to the largest logit so far, which others exceed."""
@@ -760,7 +760,8 @@ def test_rising_logits(classes: int, dtype: torch.dtype, device: str) -> None:
     x[:, -1] = 90
     t = torch.tensor([classes - 1, 3, classes - 3])
     check(x, t, device)
-    check(x[:2], t[:2], device, label_smoothing=0.1)  # the cost of finfo.min overflows
+    if dtype != F64:  # of which torch, the oracle, is up to 6,000 units off
+        check(x[:2], t[:2], device, label_smoothing=0.1)  # the cost of finfo.min overflows
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -1487,7 +1488,7 @@ def test_module_passes_every_option_on(device: str) -> None:
 
 
 @each_reduction
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_inplace_backward(dtype: torch.dtype, reduction: str, device: str) -> None:
     for shape in ((7, 37), (67, 2), (3, 5, 7), (3, 1025), (2, 8205)):
         for t in (ignoring(make_labels(shape)), make_probabilities(shape, dtype)):
