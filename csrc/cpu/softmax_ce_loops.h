@@ -51,31 +51,38 @@ double softmax_ce_chunk(const SoftmaxCeArguments& a, int64_t begin, int64_t end,
 }
 
 Labels softmax_ce_labels(const SoftmaxCeArguments& a, int64_t begin, int64_t end) {
-  int64_t labels[kRowsAtOnce];
-  double weights[kRowsAtOnce];
   const auto classes = static_cast<uint64_t>(a.classes);
   Labels found;
   Sum sum;
   for (int64_t at = begin; at < end; at += kRowsAtOnce) {
     int count = static_cast<int>(end - at < kRowsAtOnce ? end - at : kRowsAtOnce);
-    gather(a.target, a.rows, at, count, labels);
-    int64_t kept = 0, bad = 0;
-    for (int i = 0; i < count; ++i) {
-      bool is_kept = labels[i] != a.ignore_index;
-      kept += is_kept;
-      bad += is_kept && static_cast<uint64_t>(labels[i]) >= classes;
+    int64_t ignored = 0, bad = 0;
+    with_type(a.target.dtype, [&](auto type) {
+      using T = decltype(type);
+      for_each_run<const T>(a.target, a.rows, at, count,
+                            [&](const T* p, int64_t stride, int length, int) {
+                              for (int i = 0; i < length; ++i) {
+                                auto label = to_real<int64_t>(p[i * stride]);
+                                bool is_ignored = label == a.ignore_index;
+                                ignored += is_ignored;
+                                bad += !is_ignored && static_cast<uint64_t>(label) >= classes;
+                              }
+                            });
+    });
+    if (bad == 0 && !a.weight) {
+      sum.add(static_cast<double>(count - ignored));
+      continue;
     }
+    int64_t labels[kRowsAtOnce];
+    gather(a.target, a.rows, at, count, labels);
     for (int i = 0; bad > 0 && i < count; ++i) {
       if (labels[i] == a.ignore_index || static_cast<uint64_t>(labels[i]) < classes) continue;
       found.has_bad = true;
       found.bad = labels[i];
       return found;
     }
-    if (!a.weight) {
-      sum.add(static_cast<double>(kept));
-      continue;
-    }
     if (a.classes == 0) continue;  // and all are ignored
+    double weights[kRowsAtOnce];
     for (int i = 0; i < count; ++i) labels[i] = labels[i] == a.ignore_index ? -1 : labels[i];
     label_weights(a, labels, count, weights);
     constexpr int kSums = 8;

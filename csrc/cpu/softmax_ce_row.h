@@ -71,35 +71,34 @@ void load_rows(const SoftmaxCeArguments& a, int64_t begin, int count, double sca
   read(a.grad_loss, rows.grad_loss);
   read(a.grad_lse, rows.grad_lse);
   read(a.grad_entropy, rows.grad_entropy);
-  rows.ignored = 0;
+  const Real keep = a.has_probabilities ? 0 : static_cast<Real>(1 - a.label_smoothing);
+  const Real factor = static_cast<Real>(scale);
   if (a.has_probabilities) {
     for (int i = 0; i < count; ++i) {
       rows.label[i] = -1;
       rows.is_kept[i] = 1;
-      rows.label_weight[i] = 0;
     }
   } else {
     gather(a.target, a.rows, begin, count, rows.label);
-    const Real keep = static_cast<Real>(1 - a.label_smoothing);
-    int64_t ignored = 0;
-    for (int i = 0; i < count; ++i) ignored += rows.label[i] == a.ignore_index;
-    rows.ignored = static_cast<int>(ignored);
     for (int i = 0; i < count; ++i) {
       bool is_kept = rows.label[i] != a.ignore_index;
       rows.is_kept[i] = is_kept ? 1 : 0;
-      rows.label_weight[i] = is_kept ? keep : 0;
       rows.label[i] = is_kept ? rows.label[i] : -1;
     }
-    if (a.weight && a.classes > 0) {
-      label_weights(a, rows.label, count, rows.label_weight);
-      for (int i = 0; i < count; ++i) rows.label_weight[i] *= keep;
-    }
   }
-  const Real factor = static_cast<Real>(scale);
+  int32_t ignored = 0;
   for (int i = 0; i < count; ++i) {
+    bool is_kept = rows.is_kept[i] != 0;
+    ignored += !is_kept;
+    rows.label_weight[i] = is_kept ? keep : 0;
     Real upstream = rows.grad_loss[i] * rows.sample_weight[i] * factor;
-    rows.upstream[i] = rows.is_kept[i] != 0 ? upstream : 0;
+    rows.upstream[i] = is_kept ? upstream : 0;
     rows.label_logit[i] = 0;
+  }
+  rows.ignored = ignored;
+  if (!a.has_probabilities && a.weight && a.classes > 0) {
+    label_weights(a, rows.label, count, rows.label_weight);
+    for (int i = 0; i < count; ++i) rows.label_weight[i] *= keep;
   }
 }
 
