@@ -966,6 +966,25 @@ def test_inplace_backward_of_view(device: str) -> None:
         assert torch.equal(a, b)
 
 
+# A gradient that begins with a line of memory, and one that does not; each ends within a step.
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bool], ids=dtype_id)
+def test_large_gradient(
+    target_dtype: torch.dtype, weighted: bool, offset: int, device: str
+) -> None:
+    """One that no cache holds is written past them."""
+    n = 2**22 + 5
+    x, t = make_input(LOGITS, (n,)).to(device), make_target((n,)).to(target_dtype).to(device)
+    pos_weight = torch.tensor(2.0, device=device) if weighted else None
+    gradient = torch.empty(offset + n, device=device)[offset:]
+    op = torch.ops.fused_ce._bce_with_gradient
+    numbers = (FORMS.index(LOGITS), REDUCTIONS.index("mean"), torch.float32)
+    for place in (gradient, x):
+        op(place, x, t, None, pos_weight, None, None, *numbers)
+    assert torch.equal(gradient, x)
+
+
 def test_inplace_backward_writes_only_for_a_gradient(device: str) -> None:
     x, t = make_input(LOGITS, (9,)).to(device), make_target((9,)).to(device)
     weight = torch.rand(9).to(device).requires_grad_()

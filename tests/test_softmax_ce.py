@@ -1505,15 +1505,21 @@ def test_inplace_backward(dtype: torch.dtype, reduction: str, device: str) -> No
             assert torch.equal(logits.detach().cpu(), right.gradient)  # the memory holds it
 
 
-def test_large_gradient(device: str) -> None:
-    """One that no cache holds is written past them, whether or not a class begins with a line."""
-    for positions in (2**20 * 6, 2**20 * 6 + 3):
-        x = torch.randn(1, 3, positions).to(device)
-        t = torch.randint(3, (1, positions)).to(device)
-        leaf, other = x.clone().requires_grad_(), x.requires_grad_()
-        cross_entropy(leaf, t).backward()
-        cross_entropy(other * 1, t, inplace_backward=True).backward()
-        assert torch.equal(leaf.grad, other.grad)
+# Classes that begin with a line of memory and that do not, rows of a vector's width at most, and
+# rows that end anywhere in a line.
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 2**21), (1, 3, 2**21 + 3), (2**20 + 5, 4), (2**18 + 1, 21), (43_001, 100)],
+    ids=str,
+)
+def test_large_gradient(shape: tuple[int, ...], device: str) -> None:
+    """One that no cache holds is written past them."""
+    x = make_logits(shape).to(device)
+    t = make_labels(shape).to(device)
+    leaf, other = x.clone().requires_grad_(), x.requires_grad_()
+    cross_entropy(leaf, t).backward()
+    cross_entropy(other * 1, t, inplace_backward=True).backward()
+    assert torch.equal(leaf.grad, other.grad)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced"])

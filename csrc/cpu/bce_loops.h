@@ -23,6 +23,7 @@ struct Block {
   Real common_upstream;  // that of every element where it is one and the same, else 1
   T* loss;               // [count] or null
   T* gradient;           // [count] or null
+  bool streams;          // whether it goes past the caches
   int count;             // a multiple of kStep
 };
 
@@ -102,7 +103,7 @@ double evaluate_block(const Block<T, Target, Real>& block, const BceArguments& a
       }
       if constexpr (W::kGradient) {
         if constexpr (!W::kLoss) gradient = {gradient.first * common, gradient.second * common};
-        store_two(block.gradient + at, gradient);
+        store_two(block.gradient + at, gradient, block.streams);
       }
     }
     sum.add(few);
@@ -136,7 +137,7 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
     for (int i = 0; i < steps; ++i) {
       prefetch_step(input + i * kStep + kAhead<T>);
       prefetch_step(target + i * kStep + kAhead<Target>);
-      if (kGradient) prefetch_step<true>(gradient + i * kStep + kAhead<T>);
+      if (kGradient && !block.streams) prefetch_step<true>(gradient + i * kStep + kAhead<T>);
       auto x = load_two<T>(input + i * kStep);
       auto t = load_two<T>(target + i * kStep);
       e[i] = {math::exp_negative<kPrecision>(math::absolute(x.first)),
@@ -163,7 +164,7 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
         Two<V> value{
             BceLogits::gradient(x.first, e[i].first, m(x.first, t.first), one, factor),
             BceLogits::gradient(x.second, e[i].second, m(x.second, t.second), one, factor)};
-        store_two</*kAnyNan=*/false>(gradient + i * kStep, value);
+        store_two</*kAnyNan=*/false>(gradient + i * kStep, value, block.streams);
       }
     }
   }
@@ -271,6 +272,7 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
   constexpr bool kGathers = std::is_same_v<T, Real> && std::is_same_v<Target, Real>;
   constexpr int kStep = Computing<Real>::kStep;
   Buffers<Real> buffers;
+  const bool streams = is_streamed(a.gradient, a.input, a.space.numel);
   // Where nothing goes through the buffers, the chunk is one block.
   bool two_weights = a.weight && a.sample_weight;
   bool is_flat = fits<T, Target>(a) && !two_weights;
@@ -348,6 +350,7 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
     bool gradient_in_place = a.gradient && in_place && lies_flat<T>(a.gradient, a.space);
     block.loss = loss_in_place ? static_cast<T*>(a.loss.data) + at : nullptr;
     block.gradient = gradient_in_place ? static_cast<T*>(a.gradient.data) + at : nullptr;
+    block.streams = gradient_in_place && streams;
     if constexpr (kGathers) {
       if (stores_loss && !loss_in_place) block.loss = buffers.loss;
       if (!gradient_in_place) block.gradient = buffers.gradient;
@@ -373,6 +376,7 @@ double bce_chunk(const BceArguments& a, int64_t begin, int64_t end, double scale
     }
     at += count;
   }
+  if (streams) stream_end();
   return sum.total();
 }
 

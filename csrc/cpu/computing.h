@@ -94,6 +94,13 @@ FUSED_CE_HOST_DEVICE void prefetch_step(const T* x) {  // [kStep]
 template <class T>
 constexpr int kAhead = 12288 / static_cast<int>(sizeof(T));
 
+// Whether a gradient is to be stored past the caches, so that its memory is not read before it is
+// written: one that does not overwrite the logits and that no cache would hold until it is used.
+inline bool is_streamed(const Operand& gradient, const Operand& input, int64_t numel) {
+  return gradient && gradient.data != input.data &&
+         numel * size_of(gradient.dtype) >= int64_t{1} << 24;
+}
+
 FUSED_CE_HOST_DEVICE float max_of_lanes(Floats v) {
   return combine_lanes(v, math::Machine<Floats>::greater);
 }

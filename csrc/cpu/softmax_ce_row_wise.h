@@ -57,7 +57,6 @@ struct RowWise {
     alignas(64) Real logits[kRowBlock], slope[kRowBlock], coefficients[kRowBlock];
     alignas(64) Real label[kRowsAtOnce];
     Real class_coefficients[kRowBlock];  // [classes of a block]: where all rows have the same
-    int32_t place[kRowsAtOnce];
     Sums sums;
     Factors factors;
     Largest<Real> best[kRowsAtOnce], best_target[kRowsAtOnce];
@@ -75,9 +74,7 @@ struct RowWise {
   // Whether all rows have the same coefficients, or each has its own (probabilities).
   const bool smooths = kHasTerms && options.has_coefficients && !a.has_probabilities;
   const bool weighs = kHasTerms && a.has_probabilities;
-  // A gradient that no cache holds: its memory need not be read before it is written.
-  const bool streams = a.gradient && a.gradient.data != a.input.data &&
-                       bytes_of(a.gradient, a.rows.numel* a.classes) >= int64_t{1} << 26;
+  const bool streams = is_streamed(a.gradient, a.input, a.rows.numel* a.classes);
 
   // What is prefetched lies this many classes ahead: fewer than the first-level cache has ways,
   // since the classes' memory is often a power of two apart.
@@ -152,9 +149,9 @@ struct RowWise {
     const auto most = static_cast<uint64_t>(classes);
     for (int i = 0; i < padded; ++i) {
       int64_t k = rows.label[i] - c;
-      buffers.place[i] = static_cast<uint64_t>(k) < most ? static_cast<int32_t>(k) : -1;
+      int32_t place = static_cast<uint64_t>(k) < most ? static_cast<int32_t>(k) : -1;
+      buffers.label[i] = static_cast<Real>(place);
     }
-    for (int i = 0; i < padded; ++i) buffers.label[i] = static_cast<Real>(buffers.place[i]);
     if (weighs) fill_coefficients(c, classes);
     if (!smooths) return;
     for (int k = 0; k < classes; ++k) {
@@ -270,62 +267,71 @@ struct RowWise {
             with_lost(sums.entropy, lost.entropy)};
   }
 
-  // The gradient of the block's class k, for the vector of rows from i on.
+  // The gradient of the block's class k, for the vector of rows from i on. In kShort, the usual
+  // case, the buffer holds exponentials, and nothing scales or clears what they give.
+  template <bool kShort>
   FUSED_CE_HOST_DEVICE V gradient_at(int i, int k, bool has_exponentials) const {
-    const bool entropy = kHasTerms && options.has_entropy && !has_exponentials;
+    const bool entropy = kHasTerms && !kShort && options.has_entropy && !has_exponentials;
     SoftmaxGradient<V> factors = buffers.factors.at(i);
     V below{}, e = load(buffers.logits + k * stride + i);
-    if (!has_exponentials) {
+    if (!kShort && !has_exponentials) {
       below = finite_reference(load(buffers.sums.reference + i)) - e;
       e = math::exp_negative<kPrecision>(below);
     }
     V gradient = gradient_of(factors, e, below, coefficient_of(k, i), smooths || weighs, entropy);
     const V place = V{} + static_cast<Real>(k);
     gradient = load(buffers.label + i) == place ? gradient - factors.label : gradient;
+    if constexpr (kShort) return gradient;
     if (options.transforms) gradient *= load(buffers.slope + k * stride + i);
     if (clears_ignored) gradient = load(rows.is_kept + i) == 0.0f ? V{} : gradient;
     return gradient;
   }
 
   // Puts the gradient of the block's class k at `to`, where its rows are neighbours.
-  template <class T>
+  template <bool kShort, class T>
   void put_gradient(int k, bool has_exponentials, T* to) {  // [count]
     for (int i = 0; i < padded; i += kWidth) {
-      V gradient = gradient_at(i, k, has_exponentials);
+      V gradient = gradient_at<kShort>(i, k, has_exponentials);
       if (i + kWidth > count) {
         Real* values = buffers.logits + k * stride + i;
         store(values, gradient);
         return store_run(values, count - i, to + i);
       }
-      if constexpr (std::is_same_v<T, float>) {
-        if (streams && reinterpret_cast<uintptr_t>(to + i) % sizeof(V) == 0) {
-          stream(to + i, gradient);
-          continue;
-        }
-      }
-      store(to + i, gradient);
+      put(to + i, gradient, streams);
     }
   }
 
+  template <bool kShort>
   void write_gradient(int64_t c, int classes, bool has_exponentials) {
     if (char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr) {
       with_own_type(a.gradient.dtype, [&](auto type) {
         auto at = [&](int i, int k) __attribute__((always_inline)) {
-          return gradient_at(i, k, has_exponentials);
+          return gradient_at<kShort>(i, k, has_exponentials);
         };
-        columns_to_rows<Real>(at, count, classes, reinterpret_cast<decltype(type)*>(turned));
+        using T = decltype(type);
+        T* to = reinterpret_cast<T*>(turned);
+        if constexpr (kShort && std::is_same_v<T, float>) {
+          // By way of a buffer, which logits that are not transformed leave free: rows end anywhere
+          // in a line of memory, and only whole ones go past the caches.
+          if (streams) {
+            columns_to_rows<Real>(at, count, classes, buffers.slope);
+            return stream_run(buffers.slope, count * classes, to);
+          }
+        }
+        columns_to_rows<Real>(at, count, classes, to);
       });
       return;
     }
     for (int k = 0; k < classes; ++k) {
       Real* values = buffers.logits + k * stride;
       char* to = dense(a.gradient, c + k);
-      bool written = to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
-                       put_gradient(k, has_exponentials, reinterpret_cast<decltype(type)*>(to));
-                     });
+      bool written =
+          to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
+            put_gradient<kShort>(k, has_exponentials, reinterpret_cast<decltype(type)*>(to));
+          });
       if (written) continue;
       for (int i = 0; i < padded; i += kWidth) {
-        store(values + i, gradient_at(i, k, has_exponentials));
+        store(values + i, gradient_at<kShort>(i, k, has_exponentials));
       }
       scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
     }
@@ -345,7 +351,7 @@ struct RowWise {
                                          load(rows.label_logit + i), z_loss);
       store(rows.loss + i, row.loss);
       store(rows.lse + i, row.lse);
-      store(rows.entropy + i, row.entropy);
+      if constexpr (kHasTerms) store(rows.entropy + i, row.entropy);
       if (!a.gradient) continue;
       buffers.factors.put(
           i, SoftmaxGradient<V>::evaluate(sums, row, label_weight, z_loss, load(rows.upstream + i),
@@ -397,7 +403,11 @@ struct RowWise {
     for (int64_t c = 0; c < a.classes; c += block) {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
       if (!single) fill(c, classes);
-      write_gradient(c, classes, keeps);
+      if (keeps && !options.transforms && !clears_ignored) {
+        write_gradient<true>(c, classes, keeps);
+      } else {
+        write_gradient<false>(c, classes, keeps);
+      }
     }
   }
 };

@@ -270,6 +270,14 @@ FUSED_CE_HOST_DEVICE void stream_end() { _mm_sfence(); }
 FUSED_CE_HOST_DEVICE void stream(float* p /* [kLanes] */, Floats v) { store(p, v); }
 FUSED_CE_HOST_DEVICE void stream_end() {}
 #endif
+// Stores, past the caches if that is wanted and can be done.
+template <class T, class V>
+FUSED_CE_HOST_DEVICE void put(T* p /* [lanes of V] */, V v, bool streams) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (streams && reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0) return stream(p, v);
+  }
+  store(p, v);
+}
 
 // The elements of low and high, one behind another, at these places.
 template <class V, class Places>
@@ -322,14 +330,15 @@ FUSED_CE_HOST_DEVICE auto load_two<BFloat16>(const uint8_t* p /* [2 kLanes] */) 
                      __builtin_convertvector(words >> 8, Floats)};
 }
 template <bool kAnyNan = true, class T, class V>
-FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [kLanes] */, Two<V> v) {
+FUSED_CE_HOST_DEVICE void store_two(T* p /* [2 kLanes], of double [kLanes] */, Two<V> v,
+                                    bool streams = false) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     Words words = narrow_in_place<Words, kAnyNan>(T{}, v.first) >> 16 |
                   (narrow_in_place<Words, kAnyNan>(T{}, v.second) & 0xffff0000u);
     memcpy(p, &words, sizeof(words));
   } else {
-    store(p, v.first);
-    store(p + sizeof(V) / sizeof(ScalarOf<V>), v.second);
+    put(p, v.first, streams);
+    put(p + sizeof(V) / sizeof(ScalarOf<V>), v.second, streams);
   }
 }
 
@@ -448,6 +457,14 @@ void store_run(const Real* from, int count, T* p) {  // [count]
     for (; i + kLanes <= count; i += kLanes) store(p + i, load(from + i));
   }
   for (; i < count; ++i) p[i] = from_real<T>(from[i]);
+}
+
+// The same past the caches.
+inline void stream_run(const float* from, int count, float* p) {  // [count]
+  int i = 0;
+  for (; i < count && reinterpret_cast<uintptr_t>(p + i) % sizeof(Floats) != 0; ++i) p[i] = from[i];
+  for (; i + kLanes <= count; i += kLanes) stream(p + i, load(from + i));
+  for (; i < count; ++i) p[i] = from[i];
 }
 
 // Elements begin .. begin + count as Real.
