@@ -230,37 +230,61 @@ FUSED_CE_HOST_DEVICE V absolute(V x) {
   return bit_cast<V>(bit_cast<Bits<V>>(x) & 0x7fffffff);
 }
 
-// 1.5 * 2^23 and 1.5 * 2^52: adding them rounds to an integer in the low bits.
-constexpr float kRound = 12582912.0f;
-constexpr double kRoundDouble = 6755399441055744.0;
+// What exp(-y) = 2^n * exp(r), r in [-ln2/2, ln2/2], takes: y above kMost gives 0; adding kRound
+// rounds to a whole number in the low bits; ln2 is in two parts, the first of which has so many
+// zeros that its product with n is exact; kSeries is (exp(r) - 1 - r) / r^2.
+template <class Scalar>
+struct ExpTerms;
+template <>
+struct ExpTerms<float> {
+  static constexpr float kMost = 104, kRound = 12582912;  // 1.5 * 2^23
+  static constexpr float kLog2E = 1.44269502162933349609375f;
+  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
+  // A Remez fit, relative error of exp 3.1e-9.
+  static constexpr float kSeries[] = {0.499999934514f, 0.166665206896f, 0.0416683874427f,
+                                      0.00836870986152f, 0.00138146087989f};
+  static constexpr int kExponentBias = 127, kMantissaBits = 23;
+};
+template <>
+struct ExpTerms<double> {
+  static constexpr double kMost = 746, kRound = 6755399441055744;  // 1.5 * 2^52
+  static constexpr double kLog2E = 1.44269504088896340736;
+  static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
+  // Taylor's, relative error of exp 4e-18.
+  static constexpr double kSeries[] = {
+      1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,       1.0 / 5040,
+      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  static constexpr int kExponentBias = 1023, kMantissaBits = 52;
+};
 
 // x * 2^n for a whole n in [-190, 63], of float64 [-1086, 63], in two factors, so that results
 // below the smallest normal number round once and a NaN stays one.
 template <class V>
 FUSED_CE_HOST_DEVICE V times_power_by_bits(V x, V n) {
-  if constexpr (kIsDouble<V>) {
-    Bits<V> exponent = bit_cast<Bits<V>>(n + kRoundDouble) - (0x4338000000000000 - 1023 - 64);
-    return x * bit_cast<V>(exponent << 52) * 5.42101086242752217004e-20;  // 2^-64
-  }
-  V scale = bit_cast<V>((bit_cast<Bits<V>>(n + kRound) - (0x4b400000 - 127 - 64)) << 23);
-  return x * scale * 5.42101086242752217004e-20f;  // 2^-64
+  using Exp = ExpTerms<ScalarOf<V>>;
+  V biased = n + (Exp::kRound + Exp::kExponentBias + 64);
+  V scale = bit_cast<V>(bit_cast<Bits<V>>(biased) << Exp::kMantissaBits);
+  return x * scale * ScalarOf<V>{5.42101086242752217004e-20f};  // 2^-64
 }
 
-template <>
-struct Machine<float> {
-  using Bits = int32_t;
-  // A NaN stays one.
-  FUSED_CE_HOST_DEVICE static float at_most(float limit, float x) { return x > limit ? limit : x; }
-  FUSED_CE_HOST_DEVICE static float reciprocal(float x) { return 1.0f / x; }
-  FUSED_CE_HOST_DEVICE static float times_power_of_two(float x, float n) {
-    return times_power_by_bits(x, n);
-  }
+// In operators alone; what an instruction set does better stands before it. greater(x, y) is y
+// where either is NaN, at_most NaN where x is.
+template <class V>
+struct OperatorMachine {
+  using Scalar = ScalarOf<V>;
+  FUSED_CE_HOST_DEVICE static V at_most(Scalar limit, V x) { return x > limit ? V{} + limit : x; }
+  FUSED_CE_HOST_DEVICE static V greater(V x, V y) { return x > y ? x : y; }
+  FUSED_CE_HOST_DEVICE static V multiply_add(V a, V b, V c) { return a * b + c; }
+  FUSED_CE_HOST_DEVICE static V reciprocal(V x) { return Scalar{1} / x; }
+  FUSED_CE_HOST_DEVICE static V times_power_of_two(V x, V n) { return times_power_by_bits(x, n); }
 };
-
 template <>
-struct Machine<double> {
-  // y where either is NaN.
-  FUSED_CE_HOST_DEVICE static double greater(double x, double y) { return x > y ? x : y; }
+struct Machine<float> : OperatorMachine<float> {
+  using Bits = int32_t;
+};
+template <>
+struct Machine<double> : OperatorMachine<double> {
+  using Bits = int64_t;
 };
 
 template <class V>
@@ -277,42 +301,24 @@ FUSED_CE_HOST_DEVICE V inverse(V x) {
 }
 FUSED_CE_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
 
-// exp(-y) of vectors of float64, as exp_negative; y above 746 gives 0.
-template <class V>
-FUSED_CE_HOST_DEVICE V exp_negative_double(V y) {
-  y = Machine<V>::at_most(746.0, y);
-  V n = multiply_add(y, V{} - 1.44269504088896340736, V{} + kRoundDouble) - kRoundDouble;
-  // ln2 in two parts, the first of which has so many zeros that its product with n is exact.
-  V r = multiply_add(n, V{} - 0.693147180369123816490, -y);
-  r = multiply_add(n, V{} - 1.90821492927058770002e-10, r);
-  // Taylor's (exp(r) - 1 - r) / r^2, relative error of exp 4e-18.
-  const double c[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
-                      1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
-                      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-  V p = multiply_add(r * r, polynomial<V>(r, c), r);
-  return Machine<V>::times_power_of_two(p + 1.0, n);
-}
-
-// exp(-y) = 2^n * exp(r), r in [-ln2/2, ln2/2]. Right for y >= -43; y above 104 gives 0.
+// exp(-y). Right for y >= -43.
 template <Precision kPrecision, class V>
 FUSED_CE_HOST_DEVICE V exp_negative(V y) {
-  if constexpr (kIsDouble<V>) return exp_negative_double(y);
-  y = Machine<V>::at_most(104.0f, y);
-  V n = multiply_add(y, V{} - 1.44269502162933349609375f, V{} + kRound) - kRound;
-  if constexpr (kPrecision == Precision::kHalf) {
+  using Scalar = ScalarOf<V>;
+  using Exp = ExpTerms<Scalar>;
+  y = Machine<V>::at_most(Exp::kMost, y);
+  V n = multiply_add(y, V{} - Exp::kLog2E, V{} + Exp::kRound) - Exp::kRound;
+  if constexpr (kPrecision == Precision::kHalf && !kIsDouble<V>) {
     V r = multiply_add(n, V{} - 0.693147182464599609375f, -y);
     // Remez fit of (exp(r) - 1) / r, relative error of exp 5.4e-6.
     const float c[] = {0.999939628308f, 0.49998994882f, 0.168173100862f, 0.0419175298056f};
     V p = multiply_add(polynomial<V>(r, c), r, V{} + 1.0f);
     return Machine<V>::times_power_of_two(p, n);
   } else {
-    V r = multiply_add(n, V{} - 0.693145751953125f, -y);
-    r = multiply_add(n, V{} - 1.42860682030941723212e-6f, r);
-    // Remez fit of (exp(r) - 1 - r) / r^2, relative error of exp 3.1e-9.
-    const float c[] = {0.499999934514f, 0.166665206896f, 0.0416683874427f, 0.00836870986152f,
-                       0.00138146087989f};
-    V p = multiply_add(r * r, polynomial<V>(r, c), r);
-    return Machine<V>::times_power_of_two(p + 1.0f, n);
+    V r = multiply_add(n, V{} - Exp::kLn2High, -y);
+    r = multiply_add(n, V{} - Exp::kLn2Low, r);
+    V p = multiply_add(r * r, polynomial<V>(r, Exp::kSeries), r);
+    return Machine<V>::times_power_of_two(p + Scalar{1}, n);
   }
 }
 

@@ -135,9 +135,6 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
     Two<V> e[kGroup];
     V wrong_sides{}, product{};
     for (int i = 0; i < steps; ++i) {
-      prefetch_step(input + i * kStep + kAhead<T>);
-      prefetch_step(target + i * kStep + kAhead<Target>);
-      if (kGradient && !block.streams) prefetch_step<true>(gradient + i * kStep + kAhead<T>);
       auto x = load_two<T>(input + i * kStep);
       auto t = load_two<T>(target + i * kStep);
       e[i] = {math::exp_negative<kPrecision>(math::absolute(x.first)),

@@ -1,6 +1,6 @@
-// Vectors of floats and doubles, and the memory formats of these. Written with the
-// compiler's vector extension: the same source gives AVX-512, AVX2, NEON or SSE2 code, by the flags
-// that CMakeLists.txt compiles it with.
+// Vectors of floats and doubles, and the memory formats of these. Written with the compiler's
+// vector extension: the same source gives AVX-512, AVX2, NEON or SSE2 code, by the flags that
+// CMakeLists.txt compiles it with.
 #pragma once
 
 #include <stdint.h>
@@ -49,9 +49,8 @@ constexpr __mmask16 kAllLanes = 0xffff;
 
 namespace math {
 template <>
-struct Machine<Floats> {
+struct Machine<Floats> : OperatorMachine<Floats> {
   using Bits = Ints;
-  // greater(x, y) is y where either is NaN, at_most NaN where x is.
 #if defined(__AVX512F__)
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
     return (Floats)_mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(limit), (__m512)x);
@@ -70,8 +69,7 @@ struct Machine<Floats> {
   FUSED_CE_HOST_DEVICE static Floats times_power_of_two(Floats x, Floats n) {
     return (Floats)_mm512_maskz_scalef_ps(kAllLanes, (__m512)x, (__m512)n);
   }
-#else
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
     return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
   }
@@ -81,24 +79,11 @@ struct Machine<Floats> {
   FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   }
-#else
-  FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
-    return x > limit ? Floats{} + limit : x;
-  }
-  FUSED_CE_HOST_DEVICE static Floats greater(Floats x, Floats y) { return x > y ? x : y; }
-  FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
-    return a * b + c;
-  }
-#endif
-  FUSED_CE_HOST_DEVICE static Floats reciprocal(Floats x) { return 1.0f / x; }
-  FUSED_CE_HOST_DEVICE static Floats times_power_of_two(Floats x, Floats n) {
-    return times_power_by_bits(x, n);
-  }
 #endif
 };
 
 template <>
-struct Machine<Doubles> {
+struct Machine<Doubles> : OperatorMachine<Doubles> {
   using Bits = Longs;
 #if defined(__AVX512F__)
   FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
@@ -113,8 +98,7 @@ struct Machine<Doubles> {
   FUSED_CE_HOST_DEVICE static Doubles times_power_of_two(Doubles x, Doubles n) {
     return (Doubles)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
   }
-#else
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
   FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
     return (Doubles)_mm256_min_pd(_mm256_set1_pd(limit), (__m256d)x);
   }
@@ -124,20 +108,7 @@ struct Machine<Doubles> {
   FUSED_CE_HOST_DEVICE static Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
     return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
   }
-#else
-  FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
-    return x > limit ? Doubles{} + limit : x;
-  }
-  FUSED_CE_HOST_DEVICE static Doubles greater(Doubles x, Doubles y) { return x > y ? x : y; }
-  FUSED_CE_HOST_DEVICE static Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
-    return a * b + c;
-  }
 #endif
-  FUSED_CE_HOST_DEVICE static Doubles times_power_of_two(Doubles x, Doubles n) {
-    return times_power_by_bits(x, n);
-  }
-#endif
-  FUSED_CE_HOST_DEVICE static Doubles reciprocal(Doubles x) { return 1.0 / x; }
 };
 }  // namespace math
 
