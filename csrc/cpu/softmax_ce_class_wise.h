@@ -183,7 +183,12 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
     Two<V> b{}, below{}, e;
     if constexpr (kWeighted) b = coefficients.two(i);
     if (!kEntropy && kept != nullptr) {
-      prefetch_step<true>(gradient + i + kAhead<T>);
+      // Where exponentials are kept over the gradient, its memory is there already.
+      if constexpr (std::is_same_v<T, Real>) {
+        prefetch_step(x + i + kAhead<T>);
+      } else {
+        prefetch_step<true>(gradient + i + kAhead<T>);
+      }
       e = load_two<Real>(kept + place);
     } else {
       prefetch_step(ahead + i);

@@ -266,10 +266,6 @@ enum class Terms { kPlain, kCoefficients, kAll };
 inline int64_t bytes_of(const Operand& operand, int64_t count) {
   return static_cast<char*>(address_of(operand, count)) - static_cast<char*>(operand.data);
 }
-template <class T>
-void prefetch(const T* from, int count) {  // [count]
-  for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(from + i);
-}
 
 }  // namespace
 }  // namespace fused_ce

@@ -70,7 +70,8 @@ struct RowWise {
   // number of them, so that the classes of a row do not all compete for one place in the cache.
   int64_t begin = 0;
   int count = 0, padded = 0, stride = 0;
-  bool clears_ignored = false;
+  // Whether the exponentials take the logits' place in the buffer.
+  bool keeps = false, clears_ignored = false;
   // Whether all rows have the same coefficients, or each has its own (probabilities).
   const bool smooths = kHasTerms && options.has_coefficients && !a.has_probabilities;
   const bool weighs = kHasTerms && a.has_probabilities;
@@ -131,9 +132,6 @@ struct RowWise {
         using T = decltype(type);
         const T* run = reinterpret_cast<const T*>(from);
         for (int k = 0; k < classes; ++k, run += operand.class_stride) {
-          if (k + kClassesAhead < classes) {
-            prefetch(run + kClassesAhead * operand.class_stride, count);
-          }
           load_run(run, count, to + k * stride);
         }
       });
@@ -173,8 +171,8 @@ struct RowWise {
     }
   }
 
-  // Adds up a block of classes. With `keeps` the exponentials take the logits' place.
-  void add(int64_t c, int classes, bool keeps) {
+  // Adds up a block of classes.
+  void add(int64_t c, int classes) {
     if (options.finds_largest) {
       for (int k = 0; k < classes; ++k) {
         for (int i = 0; i < count; ++i)
@@ -270,11 +268,11 @@ struct RowWise {
   // The gradient of the block's class k, for the vector of rows from i on. In kShort, the usual
   // case, the buffer holds exponentials, and nothing scales or clears what they give.
   template <bool kShort>
-  FUSED_CE_HOST_DEVICE V gradient_at(int i, int k, bool has_exponentials) const {
-    const bool entropy = kHasTerms && !kShort && options.has_entropy && !has_exponentials;
+  FUSED_CE_HOST_DEVICE V gradient_at(int i, int k) const {
+    const bool entropy = kHasTerms && !kShort && options.has_entropy;
     SoftmaxGradient<V> factors = buffers.factors.at(i);
     V below{}, e = load(buffers.logits + k * stride + i);
-    if (!kShort && !has_exponentials) {
+    if (!kShort && !keeps) {
       below = finite_reference(load(buffers.sums.reference + i)) - e;
       e = math::exp_negative<kPrecision>(below);
     }
@@ -289,9 +287,9 @@ struct RowWise {
 
   // Puts the gradient of the block's class k at `to`, where its rows are neighbours.
   template <bool kShort, class T>
-  void put_gradient(int k, bool has_exponentials, T* to) {  // [count]
+  void put_gradient(int k, T* to) {  // [count]
     for (int i = 0; i < padded; i += kWidth) {
-      V gradient = gradient_at<kShort>(i, k, has_exponentials);
+      V gradient = gradient_at<kShort>(i, k);
       if (i + kWidth > count) {
         Real* values = buffers.logits + k * stride + i;
         store(values, gradient);
@@ -302,12 +300,11 @@ struct RowWise {
   }
 
   template <bool kShort>
-  void write_gradient(int64_t c, int classes, bool has_exponentials) {
+  void write_gradient(int64_t c, int classes) {
     if (char* turned = classes == a.classes ? in_rows(a.gradient) : nullptr) {
       with_own_type(a.gradient.dtype, [&](auto type) {
-        auto at = [&](int i, int k) __attribute__((always_inline)) {
-          return gradient_at<kShort>(i, k, has_exponentials);
-        };
+        auto at = [&](int i, int k)
+                      __attribute__((always_inline)) { return gradient_at<kShort>(i, k); };
         using T = decltype(type);
         T* to = reinterpret_cast<T*>(turned);
         if constexpr (kShort && std::is_same_v<T, float>) {
@@ -325,13 +322,12 @@ struct RowWise {
     for (int k = 0; k < classes; ++k) {
       Real* values = buffers.logits + k * stride;
       char* to = dense(a.gradient, c + k);
-      bool written =
-          to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
-            put_gradient<kShort>(k, has_exponentials, reinterpret_cast<decltype(type)*>(to));
-          });
+      bool written = to != nullptr && with_own_type(a.gradient.dtype, [&](auto type) {
+                       put_gradient<kShort>(k, reinterpret_cast<decltype(type)*>(to));
+                     });
       if (written) continue;
       for (int i = 0; i < padded; i += kWidth) {
-        store(values + i, gradient_at<kShort>(i, k, has_exponentials));
+        store(values + i, gradient_at<kShort>(i, k));
       }
       scatter(values, class_at(a.gradient, c + k), a.rows, begin, count);
     }
@@ -367,7 +363,7 @@ struct RowWise {
     stride = (vectors | 1) * kWidth;
     int block = static_cast<int>(a.classes < kRowBlock / stride ? a.classes : kRowBlock / stride);
     bool single = a.classes <= block;
-    bool keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
+    keeps = single && a.gradient && !a.grad_entropy && !options.has_entropy;
     clears_ignored = rows.ignored > 0 && !a.has_ignored_gradient();
     // Of no classes there is no first block, which sets the sums.
     if (a.classes == 0) {
@@ -386,7 +382,7 @@ struct RowWise {
     for (int64_t c = 0; c < a.classes; c += block) {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
       fill(c, classes);
-      add(c, classes, keeps);
+      add(c, classes);
     }
     if (kHasTerms || options.z_loss != 0 || a.grad_lse) {
       evaluate<true>();
@@ -404,9 +400,9 @@ struct RowWise {
       int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
       if (!single) fill(c, classes);
       if (keeps && !options.transforms && !clears_ignored) {
-        write_gradient<true>(c, classes, keeps);
+        write_gradient<true>(c, classes);
       } else {
-        write_gradient<false>(c, classes, keeps);
+        write_gradient<false>(c, classes);
       }
     }
   }

@@ -142,11 +142,7 @@ FUSED_CE_HOST_DEVICE void rows_to_columns(const T* from,  // [rows][columns]
   constexpr int kWidth = Computing<Real>::kStep / 2;
   auto few = [&]<int kColumns>(int i) {
     V v[kColumns];
-    for (int k = 0; k < kColumns; ++k) {
-      const T* p = from + i * kColumns + k * kWidth;
-      __builtin_prefetch(p + kAhead<T>);
-      v[k] = load(p);
-    }
+    for (int k = 0; k < kColumns; ++k) v[k] = load(from + i * kColumns + k * kWidth);
     to_columns(v);
     for (int k = 0; k < kColumns; ++k) store(to + k * stride + i, v[k]);
   };
@@ -154,7 +150,8 @@ FUSED_CE_HOST_DEVICE void rows_to_columns(const T* from,  // [rows][columns]
     V square[kWidth];
     for (int j = 0; j < kWidth; ++j) {
       const T* p = from + int64_t{i + j} * columns + k;
-      __builtin_prefetch(p + kAhead<T>);
+      // Rows of one vector are one stream, which the processor reads ahead by itself.
+      if (columns > kWidth) __builtin_prefetch(p + kAhead<T>);
       square[j] = load(p);
     }
     transpose(square);
