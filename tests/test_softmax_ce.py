@@ -1505,21 +1505,30 @@ def test_inplace_backward(dtype: torch.dtype, reduction: str, device: str) -> No
             assert torch.equal(logits.detach().cpu(), right.gradient)  # the memory holds it
 
 
-# Classes that begin with a line of memory and that do not, rows of a vector's width at most, and
-# rows that end anywhere in a line.
+# Classes that begin with a line of memory and that do not, rows of a vector's width at most, rows
+# that end anywhere in a line or with one, of few classes and of many.
 @pytest.mark.parametrize(
     "shape",
-    [(1, 3, 2**21), (1, 3, 2**21 + 3), (2**20 + 5, 4), (2**18 + 1, 21), (43_001, 100)],
+    [
+        (1, 3, 2**21),
+        (1, 3, 2**21 + 3),
+        (2**20 + 5, 4),
+        (2**18 + 1, 21),
+        (43_001, 100),
+        (27_963, 150),
+        (4_201, 999),
+        (4_100, 1_024),
+    ],
     ids=str,
 )
 def test_large_gradient(shape: tuple[int, ...], device: str) -> None:
     """One that no cache holds is written past them."""
-    x = make_logits(shape).to(device)
-    t = make_labels(shape).to(device)
-    leaf, other = x.clone().requires_grad_(), x.requires_grad_()
-    cross_entropy(leaf, t).backward()
-    cross_entropy(other * 1, t, inplace_backward=True).backward()
-    assert torch.equal(leaf.grad, other.grad)
+    for t in (make_labels(shape), ignoring(make_labels(shape))):
+        leaf = make_logits(shape).to(device).requires_grad_()
+        other = leaf.detach().clone().requires_grad_()
+        cross_entropy(leaf, t.to(device)).backward()
+        cross_entropy(other * 1, t.to(device), inplace_backward=True).backward()
+        assert torch.equal(leaf.grad, other.grad)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced"])

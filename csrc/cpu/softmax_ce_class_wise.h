@@ -13,12 +13,14 @@ constexpr int kClassBlock = 4096;  // classes in a buffer
 // by class, which costs more: with these, from as few as a step has.
 constexpr int64_t kManyClasses = 128, kManyProbabilities = 32;
 
-// The longest row that keeps its exponentials: of half types in 1 MiB of each thread, which costs
-// less than to compute them again even where only the third-level cache holds it (measured).
+// The longest row that keeps its exponentials, where not over the gradient, in 1 MiB of each
+// thread, which costs less than to compute them again even where only the third-level cache holds
+// it (measured).
 constexpr int64_t kMostKept = 64 * kClassBlock;
-inline float* exponentials_of_thread() {
+template <class Real>
+Real* exponentials_of_thread() {
   struct Memory {
-    alignas(64) float exponentials[kMostKept];
+    alignas(64) Real exponentials[kMostKept];
   };
   static thread_local const std::unique_ptr<Memory> memory(new Memory);
   return memory->exponentials;
@@ -183,7 +185,7 @@ __attribute__((noinline)) void block_gradient(const T* x,  // [count]
     Two<V> b{}, below{}, e;
     if constexpr (kWeighted) b = coefficients.two(i);
     if (!kEntropy && kept != nullptr) {
-      // Where exponentials are kept over the gradient, its memory is there already.
+      // A gradient of the exponentials' type has held them, or goes past the caches.
       if constexpr (std::is_same_v<T, Real>) {
         prefetch_step(x + i + kAhead<T>);
       } else {
@@ -242,6 +244,7 @@ struct ClassWise {
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
   const bool is_single = is_direct && a.classes <= kClassBlock;
   const bool keeps = kTerms != Terms::kAll && is_direct && a.gradient && a.classes <= kMostKept;
+  const bool streams = is_single && is_streamed(a.gradient, a.input, a.rows.numel* a.classes);
   // A row keeps its exponentials in whole steps, and as many rows go together as a buffer holds.
   // With a gradient these are fewer, 4 KiB of logits: where memory is read for longer and then
   // written for longer, it is slower (measured).
@@ -335,14 +338,13 @@ struct ClassWise {
   }
 
   // The memory for the exponentials of a row, the j-th of those that go together: that of its
-  // gradient where this has their type, or else the thread's own.
+  // gradient where this has their type and stays in the caches, or else the thread's own.
   Real* kept_of(int64_t row, int j) {
-    if constexpr (std::is_same_v<T, Real>) {
-      gradient.move_to(a.gradient, a.rows, row);
-      return static_cast<Real*>(gradient.data);
-    } else {
-      return exponentials_of_thread() + j * kept_classes;
+    if (!std::is_same_v<T, Real> || streams) {
+      return exponentials_of_thread<Real>() + j * kept_classes;
     }
+    gradient.move_to(a.gradient, a.rows, row);
+    return static_cast<Real*>(gradient.data);
   }
   // The place of a block's reference.
   static int64_t block_of(int64_t c) { return (c + kStep) / kClassBlock; }
@@ -413,10 +415,16 @@ struct ClassWise {
     if (rows.is_kept[row.i] == 0 && !a.has_ignored_gradient()) return clear(row.row);
     move_to(row.row);
     gradient.move_to(a.gradient, a.rows, row.row);
+    T* all = static_cast<T*>(gradient.data);
+    // A line that two rows share is read before it is written: without this, each row waits for it.
+    if (streams) {
+      const int64_t rows_ahead = (kAhead<T> + a.classes - 1) / a.classes;
+      __builtin_prefetch(all + rows_ahead * a.classes, 1);
+    }
     for_each_block([&](int64_t c, int count) {
       const T* x = logits(c, count);
       const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
-      T* to = is_direct ? static_cast<T*>(gradient.data) + c : buffers.gradient;
+      T* to = is_direct && !streams ? all + c : buffers.gradient;
       const Real* kept = row.kept != nullptr ? row.kept + c : nullptr;
       double exponential = row.factors.exponential;
       if (kept != nullptr && !is_single) {
@@ -427,20 +435,19 @@ struct ClassWise {
                                          static_cast<Real>(row.sums.reference),
                                          factors_of(row, exponential), ahead, to);
       if constexpr (kMayBuffer) {
-        if (is_direct) return;
         if (options.transforms) {
           for (int k = 0; k < count; ++k) to[k] *= buffers.slope[k];
         }
-        scatter(to, gradient, space, c, count);
+      }
+      const int64_t label = rows.label[row.i] - c;
+      if (label >= 0 && label < count) to[label] = from_real<T>(row.at_label);
+      if constexpr (kMayBuffer) {
+        if (!is_direct) return scatter(to, gradient, space, c, count);
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (streams) stream_run(to, count, all + c);
       }
     });
-    const int64_t label = rows.label[row.i];
-    if (label < 0) return;
-    if (is_direct) {
-      static_cast<T*>(gradient.data)[label] = from_real<T>(row.at_label);
-    } else {
-      scatter(&row.at_label, gradient, space, label, 1);
-    }
   }
 
   // The label's own gradient, where the two terms meet before anything is rounded.
@@ -511,6 +518,7 @@ double class_wise(const SoftmaxCeArguments& a, int64_t begin, int64_t end, doubl
     loop.run(batch, waiting);
     sum.add(finish_rows(a, at, count, rows));
   }
+  if (loop.streams) stream_end();
   return sum.total();
 }
 
