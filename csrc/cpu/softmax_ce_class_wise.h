@@ -415,16 +415,16 @@ struct ClassWise {
     if (rows.is_kept[row.i] == 0 && !a.has_ignored_gradient()) return clear(row.row);
     move_to(row.row);
     gradient.move_to(a.gradient, a.rows, row.row);
-    T* all = static_cast<T*>(gradient.data);
+    T* row_gradient = static_cast<T*>(gradient.data);
     // A line that two rows share is read before it is written: without this, each row waits for it.
     if (streams) {
       const int64_t rows_ahead = (kAhead<T> + a.classes - 1) / a.classes;
-      __builtin_prefetch(all + rows_ahead * a.classes, 1);
+      __builtin_prefetch(row_gradient + rows_ahead * a.classes, 1);
     }
     for_each_block([&](int64_t c, int count) {
       const T* x = logits(c, count);
       const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
-      T* to = is_direct && !streams ? all + c : buffers.gradient;
+      T* to = is_direct && !streams ? row_gradient + c : buffers.gradient;
       const Real* kept = row.kept != nullptr ? row.kept + c : nullptr;
       double exponential = row.factors.exponential;
       if (kept != nullptr && !is_single) {
@@ -445,7 +445,7 @@ struct ClassWise {
         if (!is_direct) return scatter(to, gradient, space, c, count);
       }
       if constexpr (std::is_same_v<T, float>) {
-        if (streams) stream_run(to, count, all + c);
+        if (streams) stream_run(to, count, row_gradient + c);
       }
     });
   }

@@ -70,8 +70,8 @@ struct RowWise {
   // number of them, so that the classes of a row do not all compete for one place in the cache.
   int64_t begin = 0;
   int count = 0, padded = 0, stride = 0;
-  // Whether the exponentials take the logits' place in the buffer.
-  bool keeps = false, clears_ignored = false;
+  bool keeps = false;  // whether the exponentials take the logits' place in the buffer
+  bool clears_ignored = false;
   // Whether all rows have the same coefficients, or each has its own (probabilities).
   const bool smooths = kHasTerms && options.has_coefficients && !a.has_probabilities;
   const bool weighs = kHasTerms && a.has_probabilities;
