@@ -8,15 +8,16 @@ import platform
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from matplotlib.figure import Figure
 
 from fused_ce import backends
 from fused_ce.__main__ import main
-from fused_ce.bench import command
+from fused_ce.bench import command, measure
 from fused_ce.bench.losses import LOSSES, RIVALS
-from fused_ce.bench.rows import parse_size, rows
+from fused_ce.bench.rows import Feed, parse_size, rows
 
 QUICK = ["--against", "eager", "--repeats", "2", "--seconds", "0"]
 
@@ -126,6 +127,28 @@ def test_bench_writes_json_with_the_circumstances(written):
     assert found["build"] == backends.build_info()
     with (written[1] / "csv.csv").open(newline="") as file:
         assert len(found["rows"]) == len(list(csv.DictReader(file)))
+
+
+@pytest.mark.parametrize("case", ["plain", "inplace"])
+def test_bench_times_no_step_behind_another_contenders(case):
+    (row,) = rows("bce", [case], ["float32"], ["4"], ["both"], "cpu")
+    last = None
+
+    def contender(name):
+        def function(*arguments, **options):
+            nonlocal last
+            if last != name:
+                time.sleep(0.02)
+            last = name
+            return row.entry()[1].fused(*arguments, **options)
+
+        return function
+
+    names = ("fused_ce", "eager")
+    times, _ = measure._time(row, {name: contender(name) for name in names}, Feed(row), 3, 0)
+    for name in names:
+        assert len(times[name]) == 3
+        assert max(times[name]) < 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from /proc")
