@@ -268,7 +268,7 @@ FUSED_CE_HOST_DEVICE V times_power_by_bits(V x, V n) {
 }
 
 // In operators alone; what an instruction set does better stands before it. greater(x, y) is y
-// where either is NaN, at_most NaN where x is.
+// where either is NaN, at_most NaN where x is. any() takes what a comparison gives.
 template <class V>
 struct OperatorMachine {
   using Scalar = ScalarOf<V>;
@@ -277,6 +277,16 @@ struct OperatorMachine {
   FUSED_CE_HOST_DEVICE static V multiply_add(V a, V b, V c) { return a * b + c; }
   FUSED_CE_HOST_DEVICE static V reciprocal(V x) { return Scalar{1} / x; }
   FUSED_CE_HOST_DEVICE static V times_power_of_two(V x, V n) { return times_power_by_bits(x, n); }
+  template <class Mask>
+  FUSED_CE_HOST_DEVICE static bool any(Mask mask) {
+    if constexpr (std::is_same_v<Mask, bool>) {
+      return mask;
+    } else {
+      auto bits = mask[0];
+      for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(Scalar)); ++i) bits |= mask[i];
+      return bits != 0;
+    }
+  }
 };
 template <>
 struct Machine<float> : OperatorMachine<float> {
@@ -345,6 +355,7 @@ FUSED_CE_HOST_DEVICE V tanh(V x) {
   const float c[] = {-0.333332954315f,   0.133323445666f,   -0.053879802368f,   0.0214866566819f,
                      -0.00794610522661f, 0.00230136377384f, -0.000358451779323f};
   V small = multiply_add(x * z, polynomial<V>(z, c), x);
+  if (!Machine<V>::any(y >= 1.0f)) return small;
   V e = exp_negative<Precision::kFull>(y + y);
   V large = 1.0f - (e + e) / (1.0f + e);
   large = x < 0.0f ? -large : large;

@@ -143,7 +143,7 @@ double sum_block(const Block<T, Target, Real>& block, Real scale) {
       wrong_sides += BceLogits::finite_wrong_side(x.first, t.first) +
                      BceLogits::finite_wrong_side(x.second, t.second);
     }
-    if (has_nan(wrong_sides)) {
+    if (math::Machine<V>::any(wrong_sides != wrong_sides)) {
       wrong_sides = V{};
       for (int i = 0; i < steps; ++i) {
         auto x = load_two<T>(input + i * kStep);

@@ -109,17 +109,5 @@ FUSED_CE_HOST_DEVICE double max_of_lanes(Doubles v) {
   return combine_lanes(v, math::Machine<Doubles>::greater);
 }
 
-// Whether a lane is NaN.
-FUSED_CE_HOST_DEVICE bool has_nan(Floats v) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
-#else
-  return combine_lanes(v != v, [](Ints x, Ints y) { return x | y; }) != 0;
-#endif
-}
-FUSED_CE_HOST_DEVICE bool has_nan(Doubles v) {
-  return combine_lanes(v != v, [](Longs x, Longs y) { return x | y; }) != 0;
-}
-
 }  // namespace
 }  // namespace fused_ce

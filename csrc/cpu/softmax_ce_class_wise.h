@@ -15,15 +15,17 @@ constexpr int64_t kManyClasses = 128, kManyProbabilities = 32;
 
 // The longest row that keeps its exponentials, where not over the gradient, in 1 MiB of each
 // thread, which costs less than to compute them again even where only the third-level cache holds
-// it (measured).
+// it (measured); and where logits are transformed, the slopes.
 constexpr int64_t kMostKept = 64 * kClassBlock;
 template <class Real>
-Real* exponentials_of_thread() {
-  struct Memory {
-    alignas(64) Real exponentials[kMostKept];
-  };
-  static thread_local const std::unique_ptr<Memory> memory(new Memory);
-  return memory->exponentials;
+struct KeptRow {
+  alignas(64) Real exponentials[kMostKept];  // first the logits, where these do not lie as in T
+  alignas(64) Real slope[kMostKept];
+};
+template <class Real>
+KeptRow<Real>& kept_row_of_thread() {
+  static thread_local const std::unique_ptr<KeptRow<Real>> row(new KeptRow<Real>);
+  return *row;
 }
 
 // The operand's classes of one row as an operand of one dimension.
@@ -243,7 +245,7 @@ struct ClassWise {
   const IndexSpace space = class_space(a.classes);
   const bool is_direct = !kMayBuffer || (lies_in_rows<T>(a) && !options.transforms);
   const bool is_single = is_direct && a.classes <= kClassBlock;
-  const bool keeps = kTerms != Terms::kAll && is_direct && a.gradient && a.classes <= kMostKept;
+  const bool keeps = kTerms != Terms::kAll && a.gradient && a.classes <= kMostKept;
   const bool streams = is_single && is_streamed(a.gradient, a.input, a.rows.numel* a.classes);
   // A row keeps its exponentials in whole steps, and as many rows go together as a buffer holds.
   // With a gradient these are fewer, 4 KiB of logits: where memory is read for longer and then
@@ -271,16 +273,21 @@ struct ClassWise {
     }
   }
 
-  const T* logits(int64_t c, int count) {
+  // Logits, or where they `are_kept` what a kept row has in their place.
+  const T* logits(int64_t c, int count, bool are_kept = false) {
     if constexpr (kMayBuffer) {
       if (!is_direct) {
-        gather(input, space, c, count, buffers.logits);
-        if (options.transforms) options.transform(buffers.logits, buffers.slope, count);
-        return buffers.logits;
+        Real* to = keeps ? kept_row_of_thread<Real>().exponentials + c : buffers.logits;
+        if (are_kept) return to;
+        gather(input, space, c, count, to);
+        if (options.transforms) options.transform(to, slope(c), count);
+        return to;
       }
     }
     return static_cast<const T*>(input.data) + c;
   }
+  // Of the transformed logits from class c on.
+  Real* slope(int64_t c) { return keeps ? kept_row_of_thread<Real>().slope + c : buffers.slope; }
   Real label_logit(int64_t label) {
     if (is_direct) return to_real<Real>(static_cast<const T*>(input.data)[label]);
     Real logit;
@@ -340,8 +347,8 @@ struct ClassWise {
   // The memory for the exponentials of a row, the j-th of those that go together: that of its
   // gradient where this has their type and stays in the caches, or else the thread's own.
   Real* kept_of(int64_t row, int j) {
-    if (!std::is_same_v<T, Real> || streams) {
-      return exponentials_of_thread<Real>() + j * kept_classes;
+    if (!std::is_same_v<T, Real> || !is_direct || streams) {
+      return kept_row_of_thread<Real>().exponentials + j * kept_classes;
     }
     gradient.move_to(a.gradient, a.rows, row);
     return static_cast<Real*>(gradient.data);
@@ -422,10 +429,10 @@ struct ClassWise {
       __builtin_prefetch(row_gradient + rows_ahead * a.classes, 1);
     }
     for_each_block([&](int64_t c, int count) {
-      const T* x = logits(c, count);
+      const Real* kept = row.kept != nullptr ? row.kept + c : nullptr;
+      const T* x = logits(c, count, kept != nullptr);
       const T* ahead = a.classes <= kShortRow ? x + a.classes : x + count;
       T* to = is_direct && !streams ? row_gradient + c : buffers.gradient;
-      const Real* kept = row.kept != nullptr ? row.kept + c : nullptr;
       double exponential = row.factors.exponential;
       if (kept != nullptr && !is_single) {
         double above = row.sums.reference - buffers.reference[block_of(c)];
@@ -436,7 +443,8 @@ struct ClassWise {
                                          factors_of(row, exponential), ahead, to);
       if constexpr (kMayBuffer) {
         if (options.transforms) {
-          for (int k = 0; k < count; ++k) to[k] *= buffers.slope[k];
+          const Real* slopes = slope(c);
+          for (int k = 0; k < count; ++k) to[k] *= slopes[k];
         }
       }
       const int64_t label = rows.label[row.i] - c;

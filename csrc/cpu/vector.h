@@ -69,6 +69,9 @@ struct Machine<Floats> : OperatorMachine<Floats> {
   FUSED_CE_HOST_DEVICE static Floats times_power_of_two(Floats x, Floats n) {
     return (Floats)_mm512_maskz_scalef_ps(kAllLanes, (__m512)x, (__m512)n);
   }
+  FUSED_CE_HOST_DEVICE static bool any(Ints mask) {
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+  }
 #elif defined(__AVX2__)
   FUSED_CE_HOST_DEVICE static Floats at_most(float limit, Floats x) {
     return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
@@ -79,6 +82,7 @@ struct Machine<Floats> : OperatorMachine<Floats> {
   FUSED_CE_HOST_DEVICE static Floats multiply_add(Floats a, Floats b, Floats c) {
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   }
+  FUSED_CE_HOST_DEVICE static bool any(Ints mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
 #endif
 };
 
@@ -98,6 +102,9 @@ struct Machine<Doubles> : OperatorMachine<Doubles> {
   FUSED_CE_HOST_DEVICE static Doubles times_power_of_two(Doubles x, Doubles n) {
     return (Doubles)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
   }
+  FUSED_CE_HOST_DEVICE static bool any(Longs mask) {
+    return _mm512_movepi64_mask((__m512i)mask) != 0;
+  }
 #elif defined(__AVX2__)
   FUSED_CE_HOST_DEVICE static Doubles at_most(double limit, Doubles x) {
     return (Doubles)_mm256_min_pd(_mm256_set1_pd(limit), (__m256d)x);
@@ -107,6 +114,9 @@ struct Machine<Doubles> : OperatorMachine<Doubles> {
   }
   FUSED_CE_HOST_DEVICE static Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
     return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+  FUSED_CE_HOST_DEVICE static bool any(Longs mask) {
+    return _mm256_movemask_pd((__m256d)mask) != 0;
   }
 #endif
 };
