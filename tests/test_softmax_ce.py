@@ -571,6 +571,16 @@ SPECIAL: dict[str, tuple[list[float], Any, dict[str, Any]]] = {
     "NaN probability": ([0, 1, 2], [0, NAN, 0.5], {}),
     "infinite probability": ([0, 1, 2], [0, INF, 0.5], {}),
     "NaN weight": ([0, 1, 2], 1, {"weight": torch.tensor([1, NAN, 1])}),
+    "two, -inf": ([-INF, 0], 1, {}),
+    "two, -inf at the label": ([-INF, 0], 0, {}),
+    "two, all -inf": ([-INF, -INF], 1, {}),
+    "two, +inf": ([INF, 0], 1, {}),
+    "two, +inf at the label": ([0, INF], 1, {}),
+    "two, both": ([-INF, INF], 1, {}),
+    "two, NaN": ([0, NAN], 0, {}),
+    "two, NaN at the label": ([NAN, 0], 0, {}),
+    "two, largest": ([3e38, -3e38], 1, {}),
+    "two, weighted": ([3, -2], 1, {"weight": torch.tensor([0.5, 2])}),
 }
 
 
@@ -579,10 +589,10 @@ SPECIAL: dict[str, tuple[list[float], Any, dict[str, Any]]] = {
 def test_special_values(name: str, layout: str, device: str) -> None:
     """What torch gives, among ordinary rows that feel nothing of it."""
     logits, target, options = SPECIAL[name]
-    x = make_logits((5, 3))
+    x = make_logits((5, len(logits)))
     x[2] = torch.tensor(logits)
     if isinstance(target, int):
-        t = torch.tensor([0, 1, target, 2, 0])
+        t = torch.tensor([0, 1, target, len(logits) - 1, 0])
     else:
         t = make_probabilities((5, 3))
         t[2] = torch.tensor(target)
@@ -1230,7 +1240,9 @@ def test_prediction_is_the_first_of_the_largest(classes: int, device: str) -> No
     assert torch.equal(stats.correct.cpu(), right == t)
 
 
-@pytest.mark.parametrize("classes", [3, 40, 9000])  # a kernel each on CUDA, two of them in Triton
+@pytest.mark.parametrize(
+    "classes", [2, 3, 40, 9000]
+)  # a kernel each on CUDA, two of them in Triton
 @pytest.mark.parametrize("backend", fused_ce.backends.BACKENDS)
 def test_lse_of_an_infinite_logit(backend: str, classes: int, device: str) -> None:
     """Infinite, as torch.logsumexp has it, where the loss is NaN, as torch's."""
@@ -1243,13 +1255,14 @@ def test_lse_of_an_infinite_logit(backend: str, classes: int, device: str) -> No
     x[2, 1] = math.nan
     x[3] = -math.inf
     t = make_labels(x.shape)
-    with fused_ce.backend(backend):
-        loss, stats = cross_entropy(
-            x.to(device), t.to(device), reduction="none", stats=("lse", "prediction")
-        )
-    torch.testing.assert_close(stats.lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)
-    torch.testing.assert_close(loss.cpu(), F.cross_entropy(x, t, reduction="none"), equal_nan=True)
-    assert torch.equal(stats.prediction.cpu(), x.argmax(1))
+    for wanted in (("lse", "prediction"), ("lse",)):  # which has others take two classes
+        with fused_ce.backend(backend):
+            loss, stats = cross_entropy(x.to(device), t.to(device), reduction="none", stats=wanted)
+        torch.testing.assert_close(stats.lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)
+        right = F.cross_entropy(x, t, reduction="none")
+        torch.testing.assert_close(loss.cpu(), right, equal_nan=True)
+        if "prediction" in wanted:
+            assert torch.equal(stats.prediction.cpu(), x.argmax(1))
 
 
 def test_entropy_of_improbable_classes(device: str) -> None:

@@ -75,6 +75,10 @@ struct RowWise {
   // Whether all rows have the same coefficients, or each has its own (probabilities).
   const bool smooths = kHasTerms && options.has_coefficients && !a.has_probabilities;
   const bool weighs = kHasTerms && a.has_probabilities;
+  // Whether rows have two classes, and no more than the label's loss is wanted. Float64 has no
+  // log1p of vectors.
+  const bool is_pair = std::is_same_v<Real, float> && !kHasTerms && a.classes == 2 &&
+                       !options.finds_largest && options.z_loss == 0 && !a.grad_lse;
   const bool streams = is_streamed(a.gradient, a.input, a.rows.numel* a.classes);
 
   // What is prefetched lies this many classes ahead: fewer than the first-level cache has ways,
@@ -171,6 +175,26 @@ struct RowWise {
     }
   }
 
+  // Asks for logits of the next rows, from the i-th on, while memory has nothing else to do: for
+  // their first classes, or, where the classes lie one behind another, for all of them, for which
+  // the second-level cache has room.
+  auto next_rows(int classes) const {
+    const char* next = dense(a.input, 0);
+    const char* turned = next == nullptr && classes == a.classes ? in_rows(a.input) : nullptr;
+    const int64_t apart = bytes_of(a.input, a.input.class_stride), each = bytes_of(a.input, 1);
+    const int ahead = next == nullptr             ? 0
+                      : a.classes < kClassesAhead ? static_cast<int>(a.classes)
+                                                  : kClassesAhead;
+    return [=, this](int i) __attribute__((always_inline)) {
+      for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
+      if (turned == nullptr) return;
+      const char* from = turned + (count + i) * a.classes * each;
+      for (int64_t byte = 0; byte < kWidth * a.classes * each; byte += 64) {
+        __builtin_prefetch(from + byte, 0, 2);
+      }
+    };
+  }
+
   // Adds up a block of classes.
   void add(int64_t c, int classes) {
     if (options.finds_largest) {
@@ -180,22 +204,9 @@ struct RowWise {
       }
     }
     const bool entropy = kHasTerms && options.has_entropy;
-    // The next rows' logits, while memory has nothing else to do: their first classes, or, where
-    // the classes lie one behind another, all of them, for which the second-level cache has room.
-    const char* next = dense(a.input, 0);
-    const char* next_turned = next == nullptr && classes == a.classes ? in_rows(a.input) : nullptr;
-    const int64_t apart = bytes_of(a.input, a.input.class_stride), each = bytes_of(a.input, 1);
-    const int ahead = next == nullptr             ? 0
-                      : a.classes < kClassesAhead ? static_cast<int>(a.classes)
-                                                  : kClassesAhead;
+    const auto ask_for_next = next_rows(classes);
     for (int i = 0; i < padded; i += kWidth) {
-      for (int k = 0; k < ahead; ++k) __builtin_prefetch(next + k * apart + (count + i) * each);
-      if (next_turned != nullptr) {
-        const char* from = next_turned + (count + i) * a.classes * each;
-        for (int64_t byte = 0; byte < kWidth * a.classes * each; byte += 64) {
-          __builtin_prefetch(from + byte, 0, 2);
-        }
-      }
+      ask_for_next(i);
       const Real* at = buffers.logits + i;
       const V low = V{} - static_cast<Real>(INFINITY);
       V top = math::Machine<V>::greater(load(at), low);
@@ -355,6 +366,32 @@ struct RowWise {
     }
   }
 
+  // Two classes: binary cross entropy of the distance of the other class's logit from the label's,
+  // one exponential a row. The gradients take the logits' place, as exponentials whose factor is 1.
+  void evaluate_pair() {
+    const V one = V{} + static_cast<Real>(1);
+    const auto ask_for_next = next_rows(2);
+    for (int i = 0; i < padded; i += kWidth) {
+      ask_for_next(i);
+      Real *first = buffers.logits + i, *second = first + stride;
+      V x0 = load(first), x1 = load(second), top = math::Machine<V>::greater(x0, x1);
+      V zero = top - top;  // NaN where the larger one is infinite
+      V distance = (x1 - x0) + zero;
+      const auto is_second = load(buffers.label + i) == one;
+      V x = is_second ? -distance : distance;
+      V y = math::absolute(x), e = math::exp_negative<kPrecision>(y);
+      V log_sum = math::log1p_unit<kPrecision>(e), wrong = x >= V{} ? one : V{};
+      V label_weight = load(rows.label_weight + i);
+      store(rows.loss + i, label_weight * (log_sum + BceLogits::wrong_side(wrong, y)));
+      store(rows.lse + i, zero == zero ? top + log_sum : top);
+      if (!a.gradient) continue;
+      V g = BceLogits::gradient(x, e, wrong, one, label_weight * load(rows.upstream + i));
+      store(first, is_second ? g : -g);
+      store(second, is_second ? -g : g);
+      buffers.factors.put(i, {one, V{}, V{}, V{}});
+    }
+  }
+
   void run(int64_t first_row, int row_count) {
     begin = first_row;
     count = row_count;
@@ -379,15 +416,17 @@ struct RowWise {
           rows.grad_entropy[i] = 0;
       rows.label[i] = -1;
     }
-    for (int64_t c = 0; c < a.classes; c += block) {
-      int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
-      fill(c, classes);
-      add(c, classes);
-    }
-    if (kHasTerms || options.z_loss != 0 || a.grad_lse) {
-      evaluate<true>();
+    if (is_pair) {
+      fill(0, 2);
+      evaluate_pair();
     } else {
-      evaluate<false>();
+      for (int64_t c = 0; c < a.classes; c += block) {
+        int classes = static_cast<int>(a.classes - c < block ? a.classes - c : block);
+        fill(c, classes);
+        add(c, classes);
+      }
+      const bool has_extras = kHasTerms || options.z_loss != 0 || a.grad_lse;
+      has_extras ? evaluate<true>() : evaluate<false>();
     }
     if (options.finds_largest) {
       for (int i = 0; i < count; ++i) {
