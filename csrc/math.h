@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #if defined(__CUDACC__)
 #define FUSED_CE_HOST_DEVICE __host__ __device__ __forceinline__
 #else
