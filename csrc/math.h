@@ -640,4 +640,30 @@ struct SoftmaxGradient {
   }
 };
 
+#if !defined(__CUDACC__)
+// One row of two classes: binary cross entropy of the distance of the other class's logit from the
+// label's, one exponential.
+template <class V>
+struct SoftmaxPair {
+  V loss, lse;
+  V x, e, wrong;  // the distance, exp(-|x|), and 1 where x >= 0, else 0
+
+  template <Precision kPrecision, class Mask>
+  FUSED_CE_HOST_DEVICE static SoftmaxPair evaluate(V first, V second, Mask label_is_second) {
+    V top = math::Machine<V>::greater(first, second);
+    V zero = top - top;  // NaN where the larger one is infinite, as is then the loss
+    V distance = (second - first) + zero;
+    V x = label_is_second ? -distance : distance;
+    V y = math::absolute(x), e = math::exp_negative<kPrecision>(y);
+    V log_sum = math::log1p_unit<kPrecision>(e), wrong = x >= V{} ? V{} + 1.0f : V{};
+    return {log_sum + BceLogits::wrong_side(wrong, y), zero == zero ? top + log_sum : top, x, e,
+            wrong};
+  }
+  // Of the other class's logit, times `scale`; the label's is its negative.
+  FUSED_CE_HOST_DEVICE V gradient(V scale) const {
+    return BceLogits::gradient(x, e, wrong, V{} + 1.0f, scale);
+  }
+};
+#endif
+
 }  // namespace fused_ce

@@ -1240,9 +1240,8 @@ def test_prediction_is_the_first_of_the_largest(classes: int, device: str) -> No
     assert torch.equal(stats.correct.cpu(), right == t)
 
 
-@pytest.mark.parametrize(
-    "classes", [2, 3, 40, 9000]
-)  # a kernel each on CUDA, two of them in Triton
+# A kernel each on CUDA, two of them in Triton.
+@pytest.mark.parametrize("classes", [2, 3, 40, 9000])
 @pytest.mark.parametrize("backend", fused_ce.backends.BACKENDS)
 def test_lse_of_an_infinite_logit(backend: str, classes: int, device: str) -> None:
     """Infinite, as torch.logsumexp has it, where the loss is NaN, as torch's."""
@@ -1255,7 +1254,8 @@ def test_lse_of_an_infinite_logit(backend: str, classes: int, device: str) -> No
     x[2, 1] = math.nan
     x[3] = -math.inf
     t = make_labels(x.shape)
-    for wanted in (("lse", "prediction"), ("lse",)):  # which has others take two classes
+    # Without a prediction two classes are computed in a way of their own on the CPU.
+    for wanted in (("lse", "prediction"), ("lse",)):
         with fused_ce.backend(backend):
             loss, stats = cross_entropy(x.to(device), t.to(device), reduction="none", stats=wanted)
         torch.testing.assert_close(stats.lse.cpu(), torch.logsumexp(x, 1), equal_nan=True)

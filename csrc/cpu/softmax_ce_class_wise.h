@@ -19,7 +19,7 @@ constexpr int64_t kManyClasses = 128, kManyProbabilities = 32;
 constexpr int64_t kMostKept = 64 * kClassBlock;
 template <class Real>
 struct KeptRow {
-  alignas(64) Real exponentials[kMostKept];  // first the logits, where these do not lie as in T
+  alignas(64) Real exponentials[kMostKept];  // before these, the logits where they are gathered
   alignas(64) Real slope[kMostKept];
 };
 template <class Real>
@@ -273,7 +273,7 @@ struct ClassWise {
     }
   }
 
-  // Logits, or where they `are_kept` what a kept row has in their place.
+  // `are_kept`: the place of gathered logits, where the row has its exponentials by now.
   const T* logits(int64_t c, int count, bool are_kept = false) {
     if constexpr (kMayBuffer) {
       if (!is_direct) {

@@ -366,28 +366,23 @@ struct RowWise {
     }
   }
 
-  // Two classes: binary cross entropy of the distance of the other class's logit from the label's,
-  // one exponential a row. The gradients take the logits' place, as exponentials whose factor is 1.
+  // Of two classes. The gradients take the logits' place, as exponentials whose factor is 1.
   void evaluate_pair() {
     const V one = V{} + static_cast<Real>(1);
     const auto ask_for_next = next_rows(2);
     for (int i = 0; i < padded; i += kWidth) {
       ask_for_next(i);
       Real *first = buffers.logits + i, *second = first + stride;
-      V x0 = load(first), x1 = load(second), top = math::Machine<V>::greater(x0, x1);
-      V zero = top - top;  // NaN where the larger one is infinite
-      V distance = (x1 - x0) + zero;
       const auto is_second = load(buffers.label + i) == one;
-      V x = is_second ? -distance : distance;
-      V y = math::absolute(x), e = math::exp_negative<kPrecision>(y);
-      V log_sum = math::log1p_unit<kPrecision>(e), wrong = x >= V{} ? one : V{};
+      auto row =
+          SoftmaxPair<V>::template evaluate<kPrecision>(load(first), load(second), is_second);
       V label_weight = load(rows.label_weight + i);
-      store(rows.loss + i, label_weight * (log_sum + BceLogits::wrong_side(wrong, y)));
-      store(rows.lse + i, zero == zero ? top + log_sum : top);
+      store(rows.loss + i, label_weight * row.loss);
+      store(rows.lse + i, row.lse);
       if (!a.gradient) continue;
-      V g = BceLogits::gradient(x, e, wrong, one, label_weight * load(rows.upstream + i));
-      store(first, is_second ? g : -g);
-      store(second, is_second ? -g : g);
+      V gradient = row.gradient(label_weight * load(rows.upstream + i));
+      store(first, is_second ? gradient : -gradient);
+      store(second, is_second ? -gradient : gradient);
       buffers.factors.put(i, {one, V{}, V{}, V{}});
     }
   }
